@@ -16,7 +16,7 @@ PURE_TESTS := $(wildcard $(addprefix tests/,test_architecture.py test_claims.py 
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help venv demo check test test-pure test-extras simulate fuzz faults soak load bench-niid images deploy-test fleet fleet-runs lint format protos settings lock sbom clean
+.PHONY: help venv demo check test test-pure test-extras test-models simulate fuzz faults soak load bench-niid images deploy-test fleet fleet-runs lint format protos settings lock sbom clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-10s %s\n", $$1, $$2}'
@@ -45,6 +45,10 @@ test: $(INSTALLED)  ## run the tests, four side by side; those of ARGS one after
 test-extras: $(INSTALLED)  ## run the tests of extras: trackers, data sets, the page (with a browser where chromium is installed)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[test-extras]'
 	$(BIN)/python -m pytest -m extras -rs $(ARGS)
+
+test-models: $(INSTALLED)  ## run the examples with Transformers, PEFT, Lightning, XGBoost and JAX (700 MB to install)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[test-models]'
+	$(BIN)/python -m pytest -m models -rs $(ARGS)
 
 simulate: $(INSTALLED)  ## play rounds in simulated worlds full of faults: make simulate SEEDS=10000
 	$(BIN)/python -m tools.simulate_rounds --seeds $(or $(SEEDS),1000) $(ARGS)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import math
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final, Protocol, runtime_checkable
@@ -315,6 +315,12 @@ def tied_names(trainer: Trainer) -> Mapping[str, tuple[str, ...]]:
     """Return further names of tied tensors, by their name among the weights; empty without such a method."""
     tell = getattr(trainer, "tied_names", None)
     return {} if tell is None else tell()
+
+
+def small_device_remarks(trainer: Trainer) -> Sequence[str]:
+    """Return what of the trainer's settings would go wrong on a small device; empty without such a method."""
+    tell = getattr(trainer, "small_device_remarks", None)
+    return () if tell is None else list(tell())
 
 
 def full_width_tensors(trainer: Trainer) -> TensorsByReason:

@@ -10,12 +10,10 @@ from __future__ import annotations
 import io
 import logging
 import time
-import traceback
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 import click
 import numpy as np
@@ -26,17 +24,17 @@ from fedgrpc.claims import printable
 from fedgrpc.cli.as_json import json_text
 from fedgrpc.cli.learning_task import MODEL_SETTINGS, trainer_of
 from fedgrpc.cli.options import AS_JSON, Declare, SettingsCommand
+from fedgrpc.cli.small_devices import remarks_on, threads_in_use
 from fedgrpc.codec.layout import Layout
 from fedgrpc.codec.payload import PayloadReader, buffer_reader, write_payload
 from fedgrpc.codec.recipe import Recipe
-from fedgrpc.errors import FedgrpcError, TaskError, UsageError
-from fedgrpc.process import forget_peak_memory, peak_memory_bytes
+from fedgrpc.errors import TaskError, UsageError
+from fedgrpc.process import forget_peak_memory, peak_memory_bytes, use_threads
 from fedgrpc.trainer import Trainer, TrainJob, TrainResult, Weights, local_examples
 from fedgrpc.words import scores, seconds, size
-from fedgrpc.worker.guarded_trainer import first_weights
+from fedgrpc.worker.guarded_trainer import first_weights, users_traceback
 
 _what = Declare("What to try")
-_PACKAGE: Final = str(Path(__file__).resolve().parents[1])
 
 
 @dataclass
@@ -46,6 +44,7 @@ class Findings:
     values: dict[str, Any] = field(default_factory=dict)
     lines: list[tuple[str, str]] = field(default_factory=list)
     remarks: list[str] = field(default_factory=list)
+    small_devices: list[str] = field(default_factory=list)
 
     def note(self, what: str, text: str, **values: Any) -> None:
         """Note one thing that was tried."""
@@ -55,7 +54,9 @@ class Findings:
 
 def _run(**values: Any) -> None:
     # What a worker would log is said here in lines of its own.
-    structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.ERROR))
+    structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.CRITICAL))
+    if values["threads"] is not None:
+        use_threads(values["threads"])
     findings = Findings()
     try:
         _check(values, findings)
@@ -69,13 +70,16 @@ def _run(**values: Any) -> None:
 
 def _show(findings: Findings, as_json: bool) -> None:
     if as_json:
-        click.echo(json_text({**findings.values, "remarks": findings.remarks}))
+        remarks = {"remarks": findings.remarks, "small_devices": findings.small_devices}
+        click.echo(json_text({**findings.values, **remarks}))
         return
     width = max((len(what) for what, _ in findings.lines), default=0)
     for what, text in findings.lines:
         click.echo(printable(f"{what:<{width}}  {text}"))
     for remark in findings.remarks:
         click.echo(printable(f"remark: {remark}"))
+    for remark in findings.small_devices:
+        click.echo(printable(f"on a small device: {remark}"))
 
 
 def _check(values: Mapping[str, Any], findings: Findings) -> None:
@@ -96,6 +100,7 @@ def _check(values: Mapping[str, Any], findings: Findings) -> None:
         findings.note("data", f"{examples.count} examples to train on", examples=examples.count)
     result = _try_training(trainer, weights, findings)
     _try_scoring(trainer, weights, findings)
+    findings.small_devices = list(remarks_on(trainer, layout, findings.values["one_step"]["peak_memory_bytes"]))
     recipes = (
         ("model sent", values["download"], weights),
         ("update sent", values["upload"], _update(weights, result)),
@@ -111,12 +116,14 @@ def _try_training(trainer: Trainer, weights: Weights, findings: Findings) -> Tra
     with _timed() as step:
         result = trainer.train(_copy(weights), TrainJob(max_steps=1))
     peak = peak_memory_bytes()
-    told = scores(result.metrics)
+    told, threads = scores(result.metrics), threads_in_use()
+    threads_text = f" with {threads} thread{'s' * (threads != 1)}" if threads else ""
     findings.note(
         "one step",
-        f"{seconds(step.s)}, {size(peak)} of memory at most" + (f", {told}" if told else ""),
+        f"{seconds(step.s)}{threads_text}, {size(peak)} of memory at most" + (f", {told}" if told else ""),
         seconds=step.s,
         peak_memory_bytes=peak,
+        threads=threads,
         metrics=dict(result.metrics),
     )
     if result.steps != 1:
@@ -211,16 +218,6 @@ def _timed() -> Iterator[_Timing]:
     timing.s = time.perf_counter() - begun
 
 
-def users_traceback(error: BaseException) -> str:
-    """Return the traceback of what the user's code raised, without the lines of fedgrpc that called it."""
-    if isinstance(error, FedgrpcError):
-        return ""
-    frames = traceback.extract_tb(error.__traceback__)
-    own = [frame for frame in frames if not frame.filename.startswith(_PACKAGE)] or list(frames)
-    shown = traceback.format_list(own)
-    return "".join(["Traceback (most recent call last):\n", *shown, *traceback.format_exception_only(error)])
-
-
 CHECK = SettingsCommand(
     "check",
     _run,
@@ -228,6 +225,7 @@ CHECK = SettingsCommand(
         *MODEL_SETTINGS,
         _what("--download", "Recipe of models.", type=str, default="int8+zstd", metavar="RECIPE"),
         _what("--upload", "Recipe of updates.", type=str, default="int8+zstd", metavar="RECIPE"),
+        _what("--threads", "CPU threads to train with; without: as a worker.", type=click.IntRange(1)),
         AS_JSON,
     ],
     "Try a learning task on this machine: steps, scores, memory, time, and what travels.",

@@ -62,6 +62,7 @@ def trainer_of(values: Mapping[str, Any]) -> Trainer:
         data=values["data"],
         seed=values.get("seed", 0),
         options=dict(values["options"]),
+        threads=values.get("threads"),
     )
 
 

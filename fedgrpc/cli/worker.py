@@ -27,6 +27,7 @@ from fedgrpc.protocol.tasks import Registration, WorkerRole
 from fedgrpc.rpc.channel import Tls
 from fedgrpc.rpc.retry import Backoff
 from fedgrpc.trainer import TaskSetup, Trainer
+from fedgrpc.worker.device import usual_threads
 from fedgrpc.worker.process import run_worker
 from fedgrpc.worker.settings import WorkerSettings
 from fedgrpc.worker.task_loader import find_task
@@ -88,7 +89,7 @@ SETTINGS: list[Setting] = [
     _task("--model", "Model name, where the task knows several.", metavar="NAME"),
     _task("--data", "Folder or file of this device's data.", type=click.Path(path_type=Path, exists=True)),
     _task("--device", "Device to train on: auto, cpu, cuda or cuda:1.", metavar="DEVICE"),
-    _task("--threads", "CPU threads to train with; without: the libraries' own choice."),
+    _task("--threads", "CPU threads to train with; without: a container's limit, else the libraries' own choice."),
     _task("--partition", f"Split the data, and train on one part: {PARTITIONS}.", metavar="KIND"),
     _task("--part", "Part to train on, as in 3/10.", metavar="N/PARTS"),
     _task("--seed", "Seed of the partition and of the untrained model."),
@@ -244,8 +245,8 @@ def _run(**values: Any) -> int:
     begin(values)
     settings = settings_from(values)
     setup = pick(TaskSetup, values, options=dict(values["options"]))
-    if setup.threads is not None:
-        use_threads(setup.threads)
+    if (threads := setup.threads or usual_threads()) is not None:
+        use_threads(threads)
     own_task: str | None = values["task"]
     if not all(pattern.strip() for pattern in values["allow_tasks"]):
         raise UsageError("--allow-task must name a task or a pattern, as in mine.tasks.*, not an empty text")

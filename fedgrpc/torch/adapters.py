@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from fedgrpc.errors import UsageError
-from fedgrpc.submodels.channels import ChannelMap
+from fedgrpc.submodels.channels import Axis, ChannelGroup, ChannelMap, Segment
 from fedgrpc.submodels.plan import matches
 
 
@@ -75,12 +75,39 @@ def with_adapters(
     return model
 
 
+def adapters_in(module: nn.Module) -> list[tuple[str, str]]:
+    """Return the names of each adapter's `down` and `up`. PEFT's layers have them as `lora_A` and `lora_B`."""
+    found: list[tuple[str, str]] = []
+    for name, each in module.named_modules():
+        if isinstance(each, Adapter):
+            found.append((f"{name}.down".lstrip("."), f"{name}.up".lstrip(".")))
+        downs, ups = getattr(each, "lora_A", None), getattr(each, "lora_B", None)
+        if isinstance(downs, nn.ModuleDict) and isinstance(ups, nn.ModuleDict):
+            found += [(f"{name}.lora_A.{key}.weight", f"{name}.lora_B.{key}.weight") for key in downs]
+    return found
+
+
 def with_ranks(channel_map: ChannelMap, module: nn.Module) -> ChannelMap:
     """Mark the groups of `channel_map` that are the directions of the module's adapters."""
-    downs = [f"{name}.down".lstrip(".") for name, each in module.named_modules() if isinstance(each, Adapter)]
-    axes = [channel_map.tensors[name][0] for name in downs if name in channel_map.tensors]
+    axes = [channel_map.tensors[name][0] for name, _ in adapters_in(module) if name in channel_map.tensors]
     ranks = {segment.group for axis in axes for segment in axis}
     groups = tuple(
         replace(group, rank=True) if number in ranks else group for number, group in enumerate(channel_map.groups)
     )
     return replace(channel_map, groups=groups)
+
+
+def ranks_alone(module: nn.Module) -> ChannelMap | None:
+    """Return the map of the adapters' directions, for a module that is not traced; None without adapters.
+
+    Directions are the first axis of `down` and the second of `up`.
+    """
+    shapes = {name: tuple(tensor.shape) for name, tensor in module.state_dict(keep_vars=True).items()}
+    pairs = [pair for pair in adapters_in(module) if shapes.keys() >= set(pair)]
+    tensors: dict[str, tuple[Axis, ...]] = {}
+    for group, (down, up) in enumerate(pairs):
+        whole = {name: [(Segment(None, extent),) for extent in shapes[name]] for name in (down, up)}
+        whole[down][0] = whole[up][1] = (Segment(group),)
+        tensors |= {name: tuple(axes) for name, axes in whole.items()}
+    groups = tuple(ChannelGroup(shapes[down][0], rank=True) for down, _ in pairs)
+    return ChannelMap(groups, tensors) if pairs else None

@@ -101,6 +101,12 @@ class LocalData:
         """Return the labels of the training examples. Raises TaskError where targets are no labels."""
         return labels_of(self._train)
 
+    @property
+    def loader_processes(self) -> int:
+        """Most processes that a `DataLoader` of the task starts."""
+        loaders = [each for each in (self._train, self._held_out) if isinstance(each, DataLoader)]
+        return max((loader.num_workers for loader in loaders), default=0)
+
     def check_trainable(self) -> None:
         """Raise UsageError unless there is something to train on."""
         if not len(self.train):

@@ -143,6 +143,11 @@ class TorchTask:
         return {"loss": self.loss(outputs, targets), **self.metrics(outputs, targets)}
 
     @default
+    def scoring_end(self, model: nn.Module) -> Mapping[str, float]:
+        """Return scores of all that `scoring_step` was given. By default none."""
+        return {}
+
+    @default
     def schedule(self, round: int, step: int, steps: int) -> float:
         """Return what to multiply the learning rate by in a step, from 0, of `steps` in a round, from 1.
 

@@ -93,6 +93,17 @@ class TorchTrainer:
         with self._lock, _seeded_alone(self._device, 0):
             return replace(self._sub_models.channels.map, costs=self._layer_costs)
 
+    def small_device_remarks(self) -> list[str]:
+        """Return what of the task's settings costs a small device more than it gains."""
+        found = []
+        if self._task.autocast:
+            found.append(
+                f"autocast to {self._task.autocast} needs fast 16-bit arithmetic, which a Raspberry Pi lacks"
+            )
+        if processes := self._data.loader_processes:
+            found.append(f"a DataLoader has num_workers={processes}: each is a process with libraries of its own")
+        return found
+
     def full_width_tensors(self) -> list[tuple[list[str], str]]:
         """Return the tensors that no width makes narrower, grouped by reason, without the model's output."""
         with self._lock, _seeded_alone(self._device, 0):

@@ -61,6 +61,7 @@ class LearningTask(DataTask, Protocol):
     def score(self, outputs: Tensor, targets: Tensor) -> Mapping[str, float]: ...
     def training_step(self, model: nn.Module, inputs: Any, targets: Any) -> Tensor: ...
     def scoring_step(self, model: nn.Module, inputs: Any, targets: Any) -> Mapping[str, Any]: ...
+    def scoring_end(self, model: nn.Module) -> Mapping[str, float]: ...
     def schedule(self, round: int, step: int, steps: int) -> float: ...
     def optimizer(
         self, parameters: Iterable[nn.Parameter], learning_rate: float, momentum: float, weight_decay: float
@@ -337,6 +338,8 @@ def scores_of(task: LearningTask, model: nn.Module, forward: Forward, held_out: 
             sums[name] = sums.get(name, torch.zeros((), device=value.device)) + value * examples
         seen += examples
     scored = {name: float(total) / seen for name, total in sums.items()}
+    if own:
+        scored |= task.scoring_end(model)
     return scored if whole is None else {**scored, **task.score(*whole.joined())}
 
 

@@ -79,6 +79,17 @@ def _cpu_cores(root: Path) -> int:
     return max(1, math.ceil(cores))
 
 
+def usual_threads(root: Path = Path("/")) -> int | None:
+    """Return the threads to train with in a container of fewer cores than it sees; None: libraries know best.
+
+    A quota of time hides no core. Libraries would start a thread for each core of the host, and all of them would
+    wait for the same share of time. What the user has set (`OMP_NUM_THREADS`) stays.
+    """
+    seen = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = _cpu_cores(root)
+    return cores if cores < seen and "OMP_NUM_THREADS" not in os.environ else None
+
+
 def usable_memory_bytes(root: Path = Path("/")) -> int:
     """Return the machine's memory, or a container's limit of it."""
     limits = [_text(folder / "memory.max") for folder in _cgroup_folders(root)]

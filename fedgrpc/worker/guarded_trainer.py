@@ -1,14 +1,16 @@
 """A trainer whose calls cost their task and never the worker, whatever users' code raises or returns.
 
 The rule: a guarded trainer raises nothing but `Cancelled` and errors of `fedgrpc.errors`. Whatever else users'
-code raises, and a result of another type than is due, is a `TaskError` of one line.
+code raises, and a result of another type than is due, is a `TaskError` of one line. The traceback is logged once
+for each place that raises, however many rounds it spoils.
 """
 
 from __future__ import annotations
 
 import math
+import sysconfig
 import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -37,11 +39,17 @@ from fedgrpc.trainer import (
     local_examples,
     model_layout,
     roles,
+    small_device_remarks,
     tied_names,
 )
 
 _MOST: Final = 1 << 63
 _MOST_CHARS: Final = 300
+_PACKAGE: Final = str(Path(__file__).resolve().parents[1])
+_LIBRARIES: Final = tuple(sysconfig.get_paths()[name] for name in ("stdlib", "purelib", "platlib"))
+_MOST_PLACES: Final = 100
+_LOGGED: set[tuple[str, int | None, type]] = set()
+RAISED: Final = "the learning task raised"
 
 log = structlog.get_logger()
 
@@ -54,10 +62,33 @@ def users_code(reference: str = "") -> Iterator[None]:
     except (Cancelled, FedgrpcError):
         raise
     except (Exception, SystemExit) as error:
-        log.debug("the learning task raised", task=reference, exc_info=True)
+        _log_once(error, reference)
         text = " ".join(str(error).split())[:_MOST_CHARS]
         task = f"task {reference}" if reference else "the learning task"
         raise TaskError(f"{task} raised {type(error).__name__}: {text}{_line_of(error, reference)}") from error
+
+
+def _log_once(error: BaseException, reference: str) -> None:
+    """Log the traceback of a place in the user's code that has not raised before in this process."""
+    *_, frame = traceback.extract_tb(error.__traceback__)
+    place = (frame.filename, frame.lineno, type(error))
+    if place in _LOGGED:
+        return
+    if len(_LOGGED) < _MOST_PLACES:
+        _LOGGED.add(place)
+        log.error(RAISED, task=reference, exception=users_traceback(error).rstrip())
+
+
+def users_traceback(error: BaseException) -> str:
+    """Return the traceback of what the user's code raised, from its first line on, without fedgrpc's lines."""
+    if isinstance(error, FedgrpcError):
+        return ""
+    frames = list(traceback.extract_tb(error.__traceback__))
+    own = [frame for frame in frames if not frame.filename.startswith(_PACKAGE)] or frames
+    # Of libraries that fedgrpc calls, only what the user's code has called is of interest.
+    first = next((place for place, frame in enumerate(own) if not frame.filename.startswith(_LIBRARIES)), 0)
+    shown = traceback.format_list(own[first:])
+    return "".join(["Traceback (most recent call last):\n", *shown, *traceback.format_exception_only(error)])
 
 
 def _line_of(error: BaseException, reference: str) -> str:
@@ -125,6 +156,11 @@ class _GuardedTrainer:
         """Return `local_examples` of the trainer."""
         with users_code(self._reference):
             return local_examples(self._inner)
+
+    def small_device_remarks(self) -> Sequence[str]:
+        """Return `small_device_remarks` of the trainer."""
+        with users_code(self._reference):
+            return small_device_remarks(self._inner)
 
     def for_part(self, partition: str, part: str) -> Trainer | None:
         """Return `for_part` of the trainer, guarded likewise."""

@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+from fedgrpc.cli.small_devices import fitting_board
 from tests.support.command_line import NUMPY_TASK, fedgrpc
 
 BROKEN = """
@@ -56,6 +57,42 @@ def test_the_users_traceback_has_their_lines_and_none_of_fedgrpc(tmp_path):
     assert 'return weights["nope"]' in done.error
     assert "guarded_trainer" not in done.error
     assert done.error.splitlines()[-1].startswith("error: task broken:Raising raised KeyError")
+
+
+TORCH = """
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+from fedgrpc.torch.task import TorchTask
+
+class Heavy(TorchTask):
+    autocast = "bfloat16"
+
+    def model(self):
+        return nn.Linear(4, 2).double()
+
+    def prepare(self, inputs, training):
+        return inputs.double()
+
+    def data(self, path):
+        x = torch.randn(40, 4)
+        return DataLoader(TensorDataset(x, (x[:, 0] > 0).long()), batch_size=8, num_workers=1), None
+"""
+
+
+def test_what_would_go_wrong_on_a_small_device_is_told(tmp_path):
+    (tmp_path / "heavy.py").write_text(TORCH)
+    done = fedgrpc("check", "--task", "heavy", "--threads", "1", "--json", cwd=tmp_path)
+    assert done.code == 0, done.error
+    found = json.loads(done.out)
+    told = " ".join(found["small_devices"])
+    assert found["one_step"]["threads"] == 1
+    assert all(word in told for word in ("float64", "autocast to bfloat16", "num_workers=1"))
+
+
+def test_a_board_has_room_for_the_process_beside_its_system():
+    boards = [fitting_board(mib << 20) for mib in (100, 312, 313, 1500, 9000)]
+    assert boards == [512, 512, 1024, 2048, None]
 
 
 def test_what_looks_like_a_mistake_is_remarked(tmp_path):

@@ -134,7 +134,11 @@ def test_the_demo_ends_with_the_reason_once_three_rounds_in_a_row_brought_nothin
     (tmp_path / "own_task.py").write_text(REGRESSION)
     ended = fedgrpc("demo", *arguments, "--partition", "iid", "--workers", "2", "--out", "out", cwd=tmp_path)
     assert ended.code == 1, ended.out
-    assert re.fullmatch(rf"error: 3 rounds in a row ended without an update: .*{reason}.*", ended.error.strip())
+    *shown, last = ended.error.strip().splitlines()
+    assert re.fullmatch(rf"error: 3 rounds in a row ended without an update: .*{reason}.*", last)
+    # The traceback of the user's code, once.
+    assert [line for line in shown if line.startswith("Traceback")] == shown[:1]
+    assert bool(shown) == ("Broken" in arguments[1])
     assert ended.out.count("abandoned") == 3
     assert reason in ended.out
 

@@ -145,3 +145,28 @@ async def test_a_fleet_of_three_ranks_learns_and_the_frozen_model_travels_once(t
     assert tasks[2]["1"].upload_bytes < tasks[2]["4"].upload_bytes < tasks[2][""].upload_bytes
     scored = [each.metrics["accuracy"] for each in outcome.rounds if "accuracy" in each.metrics]
     assert scored[-1] > 0.7
+
+
+class HeadOnly(Blobs):
+    """Clouds of points for a model of which the task names what is trained."""
+
+    def trainable(self) -> list[str]:
+        return ["4.*"]
+
+
+async def test_what_trainable_leaves_out_travels_with_the_first_model_alone(tmp_path: Path) -> None:
+    torch.set_num_threads(1)
+    workers: dict[str, Worker] = {
+        f"pi-{cloud}": ("", TorchTrainer(HeadOnly(cloud), TaskSetup(device="cpu"))) for cloud in range(2)
+    }
+    recipes = {"download_recipe": "int8+zstd", "upload_recipe": "int8+zstd"}
+    outcome = await play(tmp_path, workers, PlanTable(), rounds=4, plan=TrainingPlan(epochs=1), **recipes)
+    first, last = outcome.versions[0], outcome.versions[-1]
+    frozen = {name for name in first if not name.startswith("4.")}
+    assert {name for name in first if np.array_equal(first[name], last[name])} == frozen
+    frozen_bytes = sum(first[name].nbytes for name in frozen)
+    for number, round_ in enumerate(each for each in outcome.rounds if each.kind == round_pb2.TASK_KIND_TRAIN):
+        for task in round_.tasks:
+            assert task.upload_bytes < 0.1 * frozen_bytes
+            assert (task.download_bytes > 0.9 * frozen_bytes) == (number == 0)
+            assert number == 0 or task.download_bytes < 0.1 * frozen_bytes

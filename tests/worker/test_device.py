@@ -8,7 +8,7 @@ import pytest
 from fedgrpc.errors import UsageError
 from fedgrpc.protocol.devices import DeviceProfile, profile_to_proto
 from fedgrpc.v1 import device_pb2
-from fedgrpc.worker.device import detect, device_class_of
+from fedgrpc.worker.device import detect, device_class_of, usual_threads
 
 
 def machine(root, files):
@@ -51,6 +51,17 @@ def test_limits_of_the_first_cgroup_version_count_too(tmp_path):
         },
     )
     assert (detect(root).memory_bytes, detect(root).cpu_cores) == (1 << 29, 1)
+
+
+def test_a_container_of_less_than_all_cores_trains_with_no_more_threads(tmp_path, monkeypatch):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(16)), raising=False)
+    root = machine(tmp_path, {"sys/fs/cgroup/cpu.max": "250000 100000"})
+    assert usual_threads(root) == 3
+    assert usual_threads(tmp_path / "no container") is None
+    # What the user has set counts.
+    monkeypatch.setenv("OMP_NUM_THREADS", "8")
+    assert usual_threads(root) is None
 
 
 def test_no_limit_and_no_proc_are_no_error(tmp_path):

@@ -2,10 +2,11 @@
 
 import numpy as np
 import pytest
+import structlog
 
 from fedgrpc.errors import TaskError
 from fedgrpc.trainer import Cancelled, EvalResult, SliceableTrainer, TrainJob, TrainResult
-from fedgrpc.worker.guarded_trainer import guarded
+from fedgrpc.worker.guarded_trainer import RAISED, guarded
 
 WEIGHTS = {"w": np.zeros(3, np.float32)}
 
@@ -53,6 +54,29 @@ def test_what_a_call_raises_is_a_task_error_of_one_line(method, raised):
     with pytest.raises(TaskError, match=f"task mine:Task raised {type(raised).__name__}") as caught:
         call(trainer, method)
     assert "\n" not in str(caught.value)
+
+
+def test_the_users_traceback_is_logged_once_for_each_place_that_raises(tmp_path, monkeypatch):
+    (tmp_path / "users_module.py").write_text(
+        "import json\n\n\ndef one(weights, job):\n    return json.loads('{')\n\n\n"
+        "def two(weights, job):\n    raise KeyError('w')\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    import users_module
+
+    with structlog.testing.capture_logs() as logged:
+        for function in (users_module.one, users_module.two, users_module.one):
+            trainer = guarded(Returning(train=None), "users_module:Task")
+            monkeypatch.setattr(trainer._inner, "train", function, raising=False)
+            with pytest.raises(TaskError):
+                call(trainer, "train")
+    first, second = [each["exception"] for each in logged if each["event"] == RAISED]
+    # From the user's own first line to where it ends, without lines of fedgrpc.
+    assert first.splitlines()[1].endswith('users_module.py", line 5, in one')
+    assert "json.loads" in first
+    assert first.splitlines()[-1].startswith("json.decoder.JSONDecodeError")
+    assert "guarded_trainer" not in first
+    assert second.splitlines()[-1] == "KeyError: 'w'"
 
 
 @pytest.mark.parametrize("raised", [Cancelled(), TaskError("no data")], ids=["cancelled", "its own"])

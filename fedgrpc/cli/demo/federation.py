@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, NoReturn
 
+import click
+
 from fedgrpc.cli.demo.processes import Device, Processes
 from fedgrpc.client import Client, connect
 from fedgrpc.errors import FedgrpcError, UsageError
@@ -268,6 +270,8 @@ class Federation:
             tell(round_line(record))
             self._lost_in_a_row = self._lost_in_a_row + 1 if abandoned else 0
             if self._lost_in_a_row == _LOST_IN_A_ROW:
+                if traceback := self._processes.users_traceback():
+                    click.echo(traceback, err=True)
                 raise FedgrpcError(f"{_LOST_IN_A_ROW} rounds in a row ended without an update: {_reason(record)}")
 
     def _tell_remarks(self, current: float, tell: Callable[[str], None]) -> None:

@@ -20,7 +20,9 @@ from itertools import cycle, islice
 from pathlib import Path
 from typing import Final
 
+from fedgrpc.claims import printable
 from fedgrpc.errors import FedgrpcError, UsageError
+from fedgrpc.worker.guarded_trainer import RAISED
 
 _PR_SET_PDEATHSIG: Final = 1
 _TERMINATE_S: Final = 2.0
@@ -136,6 +138,15 @@ class Processes:
     def log(self, name: str) -> Path:
         """Return the log file of a process."""
         return self.folder / f"{name}.log"
+
+    def users_traceback(self) -> str:
+        """Return the traceback of a learning task that raised in any process, as its log has it; "" for none."""
+        for log in sorted(self.folder.glob("*.log")):
+            for line in log.read_text(errors="replace").splitlines():
+                if RAISED in line:
+                    with contextlib.suppress(ValueError, KeyError, TypeError):
+                        return "\n".join(map(printable, str(json.loads(line)["exception"]).splitlines()))
+        return ""
 
     def failure(self, name: str, code: int) -> FedgrpcError:
         """Return the error for a process that ended unexpectedly; for exit code 2, the process's own message."""

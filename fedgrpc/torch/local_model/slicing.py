@@ -17,6 +17,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from fedgrpc.errors import LayoutError, UsageError
 from fedgrpc.submodels.channels import Axis, ChannelMap, Segment, SubModel, sub_shapes
+from fedgrpc.torch.adapters import ranks_alone
 from fedgrpc.torch.building import ModuleBuilder, with_tensors
 from fedgrpc.torch.early_exits import names_held
 from fedgrpc.torch.local_model.graph import Channels
@@ -164,8 +165,19 @@ class SubModels:
     def channels(self) -> Channels:
         """Channel groups of the model. Raises UsageError if it cannot be traced or does not run narrower.
 
-        Zeros are enough to find them, so that a device needs no memory for a model that it never trains whole.
+        Zeros are enough to find them, so that a device needs no memory for a model that it never trains whole. A
+        model that is not traced has the directions of its adapters alone.
         """
+        try:
+            return self._traced()
+        except UsageError as error:
+            ranks = ranks_alone(uncompiled(self._builder.module))
+            if ranks is None:
+                raise
+            log.debug("channels of adapters alone are known", reason=str(error))
+            return Channels(ranks, {})
+
+    def _traced(self) -> Channels:
         example = self._example()
         if (whole := self._builder.whole) is not None:
             return _channels_of(uncompiled(whole), example)
