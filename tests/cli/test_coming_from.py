@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import click
@@ -10,8 +11,10 @@ import pytest
 from fedgrpc.cli.main import load_command
 from fedgrpc.cli.options import AGGREGATOR_FLAGS, WORKER_FLAGS
 from tests.support.command_line import fedgrpc
+from tools.count_lines import code_lines
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "coming_from.md"
+EXAMPLES = DOCUMENT.parents[1] / "examples"
 
 
 def _flags(name: str) -> set[str]:
@@ -32,6 +35,25 @@ def test_the_document_has_every_flag_as_its_tutorial_writes_it(table: dict[str, 
         written = {former, "--" + former.removeprefix("--").replace("-", "_")}
         rows = [line for line in text.splitlines() if any(f"`{flag}" in line for flag in written)]
         assert any(f"`{right}" in row for row in rows), former
+
+
+def test_the_table_of_lines_has_those_of_our_examples() -> None:
+    rows = [line for line in DOCUMENT.read_text(encoding="utf-8").splitlines() if "](../examples/" in line]
+    assert len(rows) >= 7
+    for row in rows:
+        ours = row.split("|")[3]
+        name = re.search(r"examples/(\w+\.py)", ours)
+        assert name is not None
+        assert int(ours.split()[0]) == code_lines((EXAMPLES / name[1]).read_text(encoding="utf-8")), name[1]
+
+
+def test_blank_lines_comments_and_docstrings_are_no_code() -> None:
+    assert (
+        code_lines(
+            '"""One.\n\nTwo."""\n# three\n\nx = (\n    1,  # four\n)\ndef f():\n    """Five."""\n    return x\n'
+        )
+        == 5
+    )
 
 
 @pytest.mark.parametrize(

@@ -73,7 +73,7 @@ def test_fashion_mnist_learns_from_a_share(tmp_path: Path) -> None:
     assert sum(array.size for array in trained.weights.values()) == 44426
 
 
-def test_cifar10_trains_from_an_archive(tmp_path: Path) -> None:
+def test_cifar10_trains_from_an_archive(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rng = np.random.default_rng(0)
     with tarfile.open(tmp_path / BINARY_ARCHIVE, "w:gz") as tar:
         for name in ("data_batch_1.bin", "test_batch.bin"):
@@ -88,6 +88,11 @@ def test_cifar10_trains_from_an_archive(tmp_path: Path) -> None:
         assert result.example_count == 40
         assert not np.array_equal(result.weights["fc1.weight" if model == "net" else "fc.weight"],
                                   start["fc1.weight" if model == "net" else "fc.weight"])  # fmt: skip
+    monkeypatch.syspath_prepend(str(ROOT / "examples"))
+    trainer = load_trainer("cifar10_net", data=tmp_path)
+    result = trainer.train(trainer.initial_weights(), TrainJob(max_steps=1, batch_size=8))
+    assert result.example_count == 40
+    assert trainer.evaluate(result.weights) is not None
 
 
 def test_augmentation_only_shifts_and_mirrors_each_image_by_itself() -> None:
