@@ -16,10 +16,13 @@ from collections import OrderedDict
 from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass
 from io import FileIO
+from pathlib import Path
 
 from fedgrpc.codec.chunk import LARGE_CHUNK_BYTES, Chunk, ChunkSizer, chunks, crc32
+from fedgrpc.codec.digest import new_digest
 from fedgrpc.errors import StorageError
 from fedgrpc.rpc.framing import message_of, parse
+from fedgrpc.storage.files import read_pieces, storage_errors
 
 _BATCH_BYTES = 4 << 20
 # A message costs about as much as copying this much.
@@ -32,24 +35,23 @@ Key = tuple["PayloadFile", int, int, int]
 
 @dataclass(frozen=True, eq=False)
 class PayloadFile:
-    """A payload of `size_bytes` from byte `start` of an open file; `crc32` is what it had when it was written."""
+    """A payload of `size_bytes` from byte `start` of an open file; `digest` is what it had when it was written."""
 
     file: FileIO
     start: int
     size_bytes: int
-    crc32: int | None = None
+    digest: bytes | None = None
 
     @property
     def as_written(self) -> bool:
         """True if its bytes are those that were written, as far as that is known. Raises `StorageError`."""
-        return self.crc32 is None or self.computed_crc32() == self.crc32
-
-    def computed_crc32(self) -> int:
-        """CRC-32 of its bytes as they are now. Raises `StorageError`."""
-        crc = 0
-        for at in range(0, self.size_bytes, _BATCH_BYTES):
-            crc = crc32(self.read(at, min(_BATCH_BYTES, self.size_bytes - at)), crc)
-        return crc
+        if self.digest is None:
+            return True
+        digest = new_digest()
+        with storage_errors(Path(str(self.file.name)), "read"):
+            for piece in read_pieces(self.file.fileno(), self.start, self.size_bytes):
+                digest.update(piece)
+        return digest.digest() == self.digest
 
     def read(self, offset: int, size: int) -> bytes:
         """Bytes of the payload. Raises `StorageError` when they are not all there."""

@@ -165,7 +165,7 @@ class PayloadEncoder:
             self._bases.forget(key)
             Path(file.name).unlink(missing_ok=True)
             return None
-        payload = _open_payload(Path(file.name), 0, manifest.size_bytes)
+        payload = _open_payload(Path(file.name), 0, manifest)
         return EncodedModel(variant.version, manifest, payload, variant.base[0], self._bases.crc32(key))
 
     def _encode(self, variant: Variant) -> EncodedModel:
@@ -180,7 +180,7 @@ class PayloadEncoder:
             # The tensors in the model's file are their own raw payload: no copy, and nothing to encode.
             entries = tuple(TensorEntry(spec, Raw(), spec.nbytes) for spec in layout)
             manifest = Manifest(entries, "none", (), sum(spec.nbytes for spec in layout), model.sums.digest)
-            payload = _open_payload(model.path, model.tensors_start, manifest.size_bytes)
+            payload = _open_payload(model.path, model.tensors_start, manifest)
             return EncodedModel(variant.version, manifest, payload, sha256=model.sums.sha256 or b"")
         recipe = variant.recipe.for_layout(model.layout)
         # Weights that the device prunes or clusters anyway need not travel.
@@ -193,7 +193,7 @@ class PayloadEncoder:
             manifest = _write(source, recipe, file, self._bases if variant.kept else None)
         if variant.kept:
             self._whole_bytes[variant.recipe, variant.sub_model_name] = manifest.size_bytes
-        payload = _open_payload(Path(file.name), 0, manifest.size_bytes)
+        payload = _open_payload(Path(file.name), 0, manifest)
         return EncodedModel(variant.version, manifest, payload)
 
     def _source(self, variant: Variant) -> tuple[ModelFile, Layout, Mapping[str, Array]]:
@@ -266,9 +266,8 @@ def _is_raw(recipe: Recipe, layout: Layout) -> bool:
     return recipe.compression.method == "none" and all(named.for_tensor(spec) == Raw() for spec in layout)
 
 
-def _open_payload(path: Path, start: int, size_bytes: int) -> PayloadFile:
+def _open_payload(path: Path, start: int, manifest: Manifest) -> PayloadFile:
     """Open a payload that has just been written or checked. It stays readable after it has been pruned."""
     with storage_errors(path, "read"):
         file = path.open("rb", buffering=0)
-    payload = PayloadFile(file, start, size_bytes)
-    return replace(payload, crc32=payload.computed_crc32())
+    return PayloadFile(file, start, manifest.size_bytes, manifest.digest)

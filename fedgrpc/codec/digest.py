@@ -23,16 +23,20 @@ class Digest(Protocol):
 
     def digest(self) -> bytes: ...
 
+    def copy(self) -> Digest: ...
+
 
 class _Library:
     """XXH3-128 by the C library. Raises OSError where there is none."""
 
-    def __init__(self) -> None:
+    def __init__(self, like: _Library | None = None) -> None:
         self._calls = ctypes.CDLL(_LIBRARY)
         self._calls.XXH3_createState.restype = ctypes.c_void_p
         self._calls.XXH3_128bits_digest.restype = _Hash128
         self._state = ctypes.c_void_p(self._calls.XXH3_createState())
         self._calls.XXH3_128bits_reset(self._state)
+        if like is not None:
+            self._calls.XXH3_copyState(self._state, like._state)
 
     def update(self, data: Any, /) -> None:
         view = memoryview(data).cast("B")
@@ -46,6 +50,9 @@ class _Library:
     def digest(self) -> bytes:
         value = self._calls.XXH3_128bits_digest(self._state)
         return int(value.high).to_bytes(8, "big") + int(value.low).to_bytes(8, "big")
+
+    def copy(self) -> _Library:
+        return _Library(self)
 
     def __del__(self) -> None:
         self._calls.XXH3_freeState(self._state)

@@ -35,7 +35,7 @@ from fedgrpc.codec.digest import new_digest
 from fedgrpc.codec.layout import Array, Layout, TensorSpec
 from fedgrpc.codec.values import InParts, Part, part_filled
 from fedgrpc.errors import LayoutError, StorageError, UsageError
-from fedgrpc.storage.files import RecycledFiles, pwrite, storage_errors, sync, write_back
+from fedgrpc.storage.files import RecycledFiles, pwrite, read_pieces, storage_errors, sync, write_back
 from fedgrpc.storage.model_header import (
     FIRST_BYTES,
     TensorSums,
@@ -155,14 +155,11 @@ class ModelFile:
             digest.update(inner.digest())
         return digest.digest()
 
-    def _pieces(self) -> Iterator[bytes]:
-        """The bytes of all tensors, in order, each tensor once."""
-        left = sum(spec.nbytes for spec in self.layout)
+    def _pieces(self) -> Iterator[memoryview]:
+        """The bytes of all tensors, in order, each tensor once, each piece good until the next."""
+        size_bytes = sum(spec.nbytes for spec in self.layout)
         with storage_errors(f"the model {self.path}", "read"), self.path.open("rb", buffering=0) as file:
-            file.seek(self.tensors_start)
-            while left and (data := file.read(min(_READ_BYTES, left))):
-                left -= len(data)
-                yield data
+            yield from read_pieces(file.fileno(), self.tensors_start, size_bytes)
 
 
 class ModelTensors(InParts):

@@ -1,12 +1,12 @@
 """A payload that arrives in checked chunks, over any number of connections and processes.
 
-Four little-endian numbers come first: how many bytes of the payload are committed (8 bytes), the size of the
-header (4 bytes), and the CRC-32 of the header and of the committed bytes (4 bytes each). The header follows: what
-the sender declared, in any form. Then comes the payload, and behind it what a former use of the file has left.
-Number and header may also have a file of their own; the payload then begins at byte 0 of the other.
+Three little-endian numbers come first: how many bytes of the payload are committed (8 bytes), the size of the
+header and its CRC-32 (4 bytes each). Behind them is the digest of the committed bytes (16 bytes). The header
+follows: what the sender declared, in any form. Then comes the payload, and behind it what a former use of the file
+has left. Numbers and header may also have a file of their own; the payload then begins at byte 0 of the other.
 
 The rule: the committed count never says more than what is there. Bytes are written before their count, and a file
-is continued only where its header is the same and the committed bytes have their CRC-32.
+is continued only where its header is the same and the committed bytes have their digest.
 
 A file whose sync has failed is given up, and its sender starts over: Linux takes the pages for clean from then on,
 so a second sync would succeed without writing them (https://wiki.postgresql.org/wiki/Fsync_Errors).
@@ -22,13 +22,12 @@ from io import FileIO
 from pathlib import Path
 
 from fedgrpc.codec.chunk import Chunk, check_chunk, crc32
-from fedgrpc.codec.digest import new_digest
+from fedgrpc.codec.digest import DIGEST_BYTES, new_digest
 from fedgrpc.errors import CorruptError
-from fedgrpc.storage.files import RecycledFiles, pwrite, storage_errors, sync, write_back
+from fedgrpc.storage.files import RecycledFiles, pwrite, read_pieces, storage_errors, sync, write_back
 
-_HEAD = struct.Struct("<QIII")
+_HEAD = struct.Struct(f"<QII{DIGEST_BYTES}s")
 _MAX_HEADER_BYTES = 16 << 20
-_READ_BYTES = 1 << 20
 
 
 class ResumableFile:
@@ -53,9 +52,8 @@ class ResumableFile:
         """
         self.path = path
         self.expected_bytes = size_bytes
-        # Committed so far; `crc32` and the digest are always those of just these bytes.
+        # Committed so far; the digest is always that of just these bytes.
         self.size_bytes = 0
-        self.crc32 = 0
         self._what = what
         self._durable = durable
         self._expected_digest = digest
@@ -79,7 +77,7 @@ class ResumableFile:
         if self._continues(file, head_file):
             return file, head_file
         # Another payload, or not the bytes that were committed: none of them is kept.
-        self.size_bytes, self.crc32, self._digest = 0, 0, new_digest()
+        self.size_bytes, self._digest = 0, new_digest()
         file.close()
         head_file.close()
         return None
@@ -89,16 +87,13 @@ class ResumableFile:
         head = os.pread(head_file.fileno(), _HEAD.size + len(self._text), 0)
         if len(head) != _HEAD.size + len(self._text) or head[_HEAD.size :] != self._text:
             return False
-        committed, _, _, crc = _HEAD.unpack_from(head)
+        committed, _, _, digest = _HEAD.unpack_from(head)
         # A digest cannot be stored half way, so the bytes are read once more. They are checked by the way.
-        file.seek(self.payload_start)
-        wanted = min(committed, self.expected_bytes)
-        while piece := file.read(min(_READ_BYTES, wanted - self.size_bytes)):
+        for piece in read_pieces(file.fileno(), self.payload_start, min(committed, self.expected_bytes)):
             self._digest.update(piece)
-            self.crc32 = crc32(piece, self.crc32)
             self.size_bytes += len(piece)
-        # A file cut short by a crash has no CRC of what is left: the digest of the whole decides in the end.
-        return bool(self.crc32 == crc or self.size_bytes < committed)
+        # A file cut short by a crash has no digest of what is left: that of the whole decides in the end.
+        return bool(self._digest.digest() == digest or self.size_bytes < committed)
 
     def _begun(self, recycled: RecycledFiles | None) -> tuple[FileIO, FileIO]:
         head = self._head(0) + self._text
@@ -111,7 +106,7 @@ class ResumableFile:
         return FileIO(create(self.path), "r+"), self._head_path.open("r+b", buffering=0)
 
     def _head(self, committed_bytes: int) -> bytes:
-        return _HEAD.pack(committed_bytes, len(self._text), self._header_crc32, self.crc32)
+        return _HEAD.pack(committed_bytes, len(self._text), self._header_crc32, self._digest.digest())
 
     @property
     def complete(self) -> bool:
@@ -125,12 +120,10 @@ class ResumableFile:
 
     def sha256(self) -> bytes:
         """Return the SHA-256 of the committed bytes as they are on the disk now. Raises OSError."""
-        digest, left = hashlib.sha256(), self.size_bytes
+        digest = hashlib.sha256()
         with self.path.open("rb", buffering=0) as file:
-            file.seek(self.payload_start)
-            while piece := file.read(min(_READ_BYTES, left)):
+            for piece in read_pieces(file.fileno(), self.payload_start, self.size_bytes):
                 digest.update(piece)
-                left -= len(piece)
         return digest.digest()
 
     def append(self, batch: Sequence[Chunk]) -> None:
@@ -155,25 +148,23 @@ class ResumableFile:
                 self._commit(checked)
 
     def _commit(self, chunks: Sequence[Chunk]) -> None:
-        handle, at, crc_before = self._file.fileno(), self.size_bytes, self.crc32
+        handle, at, before = self._file.fileno(), self.size_bytes, self._digest.copy()
         try:
             with storage_errors(self._what, "store"):
                 for chunk in chunks:
+                    # First: the bytes are then in the cache for the write.
+                    self._digest.update(chunk.data)
                     pwrite(handle, chunk.data, self.payload_start + at)
                     at += len(chunk.data)
-                    self.crc32 = crc32(chunk.data, self.crc32)
                 # After the bytes: a kill in between loses the chunks, and never counts what is not there.
                 pwrite(self._head_file.fileno(), self._head(at), 0)
         except BaseException:
             # The count on the disk is still the former one: the sender sends these chunks again.
-            self.crc32 = crc_before
+            self._digest = before
             raise
         if self._durable:
             # The sync at the end then has little left to write.
             write_back(handle, self.payload_start + self.size_bytes, at - self.size_bytes)
-        # Only now: a digest cannot take back what it has seen.
-        for chunk in chunks:
-            self._digest.update(chunk.data)
         self.size_bytes = at
 
     def publish(self, final: Path) -> None:
@@ -228,7 +219,7 @@ def committed_bytes(path: Path, head_path: Path | None = None) -> int:
     """Return the bytes of a payload that a `ResumableFile` would continue from, or 0. Raises OSError."""
     try:
         with (head_path or path).open("rb") as file:
-            committed, header_bytes, _, _ = _HEAD.unpack(file.read(_HEAD.size))
+            committed, header_bytes, *_ = _HEAD.unpack(file.read(_HEAD.size))
         start = 0 if head_path else _HEAD.size + header_bytes
         # The count may say more than a power cut has left.
         return int(max(0, min(committed, path.stat().st_size - start)))
@@ -261,12 +252,13 @@ def is_whole(path: Path, size_bytes: int, payload_start: int) -> bool:
         head = file.read(_HEAD.size)
         if len(head) < _HEAD.size:
             return False
-        committed, header_bytes, header_crc, payload_crc = _HEAD.unpack(head)
+        committed, header_bytes, header_crc, wanted = _HEAD.unpack(head)
         if (committed, _HEAD.size + header_bytes) != (size_bytes, payload_start):
             return False
         if crc32(file.read(header_bytes)) != header_crc:
             return False
-        crc, left = 0, committed
-        while left and (piece := file.read(min(_READ_BYTES, left))):
-            crc, left = crc32(piece, crc), left - len(piece)
-        return not left and crc == payload_crc
+        digest, left = new_digest(), committed
+        for piece in read_pieces(file.fileno(), payload_start, committed):
+            digest.update(piece)
+            left -= len(piece)
+        return not left and digest.digest() == wanted

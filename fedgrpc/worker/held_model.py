@@ -21,7 +21,7 @@ from typing import Any, BinaryIO, Final
 import numpy as np
 
 from fedgrpc.codec.chunk import crc32
-from fedgrpc.codec.digest import digest_of
+from fedgrpc.codec.digest import digest_of, new_digest
 from fedgrpc.codec.layout import Array
 from fedgrpc.codec.manifest import Manifest
 from fedgrpc.codec.payload import (
@@ -29,14 +29,13 @@ from fedgrpc.codec.payload import (
     PayloadReader,
     buffer_reader,
     file_reader,
-    verify_digest,
     write_payload,
 )
 from fedgrpc.codec.raw import Raw
 from fedgrpc.codec.recipe import Recipe
 from fedgrpc.errors import CorruptError, LayoutError
 from fedgrpc.protocol.tensors import manifest_from_proto, manifest_to_proto
-from fedgrpc.storage.files import UNFINISHED, storage_errors
+from fedgrpc.storage.files import UNFINISHED, read_pieces, storage_errors
 from fedgrpc.v1 import tensor_pb2, worker_pb2
 from fedgrpc.worker.delta import NO_DIGEST
 
@@ -45,7 +44,6 @@ PAYLOAD: Final = "payload"
 _RAW: Final = "payload.raw"
 _RAW_HEADER: Final = "header.raw.pb"
 _RAW_RECIPE: Final = Recipe(Raw())
-_READ_BYTES: Final = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -139,14 +137,15 @@ class HeldModel:
 
     def check(self) -> None:
         """Raise CorruptError unless the payload is what was written. Slow: run it in a thread."""
-        with self._open(self.folder / PAYLOAD) as file:
-            read = file_reader(file.fileno())
-            if not self.record.HasField("crc32"):
-                return verify_digest(self.manifest, read)
-            crc = 0
-            for offset in range(0, self.manifest.size_bytes, _READ_BYTES):
-                crc = crc32(read(offset, min(_READ_BYTES, self.manifest.size_bytes - offset)), crc)
-        if crc != self.record.crc32:
+        summed, crc, digest = self.record.HasField("crc32"), 0, new_digest()
+        path = self.folder / PAYLOAD
+        with self._open(path) as file, storage_errors(path, "read"):
+            for piece in read_pieces(file.fileno(), 0, self.manifest.size_bytes):
+                if summed:
+                    crc = crc32(piece, crc)
+                else:
+                    digest.update(piece)
+        if (crc != self.record.crc32) if summed else (digest.digest() != self.manifest.digest):
             raise CorruptError("its payload is not what was written")
 
     def open_raw(self) -> tuple[Manifest, BinaryIO]:
