@@ -39,6 +39,8 @@ _ANSWERED_WITHIN_S: Final = 5.0
 
 # What a poll brings: a run and the token of a task of it, or a run to get ready for.
 Found = tuple[HostedRun, str]
+# What a poll tells of one run.
+Told = pb.PollTaskRequest | pb.HeldOfRun
 
 
 class HostService(aggregator_pb2_grpc.AggregatorServicer):
@@ -143,7 +145,11 @@ class HostService(aggregator_pb2_grpc.AggregatorServicer):
         task = run.coordinator.terms.message(worker.name, token)
         if worker.registration.many_runs and not run.is_own:
             task.terms.CopyFrom(run.terms())
-        return pb.PollTaskResponse(task=task)
+        told, held = self._told_of(worker, request).get(run.id), None
+        if told is not None and told.held_version:
+            held = told.held_version, checked_digest(told.held_digest)
+        model = await run.service.model_along(worker.name, token, held, request.model_bytes)
+        return pb.PollTaskResponse(task=task, model=model)
 
     async def PollTasks(
         self, request_iterator: AsyncIterator[pb.PollTasksRequest], context: Context
@@ -153,17 +159,25 @@ class HostService(aggregator_pb2_grpc.AggregatorServicer):
 
     def _hear_poll(self, worker: Worker, request: pb.PollTaskRequest) -> None:
         """Tell each run what the worker has of it."""
-        held = {each.run_id: each for each in request.held[:_MOST_HELD]}
+        told_of = self._told_of(worker, request)
         for run in self._runs:
-            told: pb.PollTaskRequest | pb.HeldOfRun | None = held.get(run.id)
-            if told is None and (run.is_own or not worker.registration.many_runs):
-                told = request
-            if told is None or (run is not self._runs.bound and told is request):
+            told = told_of.get(run.id)
+            if told is None:
                 run.service.calls.hear_poll(worker.name, None, None)
                 continue
             version = (told.held_version, checked_digest(told.held_digest)) if told.held_version else None
             new = claims.EXAMPLES.clamped(told.new_examples) if told.HasField("new_examples") else None
             run.service.calls.hear_poll(worker.name, version, new)
+
+    def _told_of(
+        self, worker: Worker, request: pb.PollTaskRequest
+    ) -> dict[str, pb.PollTaskRequest | pb.HeldOfRun]:
+        """Return what a poll tells of each run, by its id."""
+        told: dict[str, Told] = {each.run_id: each for each in request.held[:_MOST_HELD]}
+        bound = self._runs.bound
+        if bound is not None and (bound.is_own or not worker.registration.many_runs):
+            told.setdefault(bound.id, request)
+        return told
 
     def _work_for(self, worker: Worker) -> Found | None:
         """Return a task of the worker, or a run that it is to get ready for (with an empty token)."""
@@ -221,7 +235,7 @@ class HostService(aggregator_pb2_grpc.AggregatorServicer):
             raise LayoutError("the first message of an update is its header")
         run = self._runs.of_token(first.header.token)
         with run.calling():
-            return await run.service.take_update(first.header, context)
+            return await run.service.take_update(first, context)
 
     # Calls of operators.
 

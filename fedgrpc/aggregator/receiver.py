@@ -10,6 +10,7 @@ import time
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 
 import structlog
 
@@ -21,7 +22,7 @@ from fedgrpc.aggregator.update_checks import ExpectedUpdate, decoding_bytes, exa
 from fedgrpc.aggregator.upload_queue import UploadSlots, UploadStream
 from fedgrpc.aggregator.upload_reader import ByteBudget, UploadReader
 from fedgrpc.aio import to_its_end, until_done
-from fedgrpc.codec.chunk import Chunk
+from fedgrpc.codec.chunk import FIRST_CHUNK_BYTES, Chunk
 from fedgrpc.codec.layout import Layout
 from fedgrpc.codec.manifest import Manifest
 from fedgrpc.errors import CodecError, LayoutError, RoundClosed, StorageError, TooLargeError, UpdateRefused
@@ -96,8 +97,12 @@ class Receiver:
             self._header_of, self._max_header_bytes = layout, max_header_bytes(layout)
         return self._max_header_bytes
 
-    async def receive(self, header: UpdateHeader, chunks: AsyncIterator[Chunk]) -> tuple[int, bool]:
+    async def receive(
+        self, header: UpdateHeader, chunks: AsyncIterator[Chunk], whole: Chunk | None = None
+    ) -> tuple[int, bool]:
         """Take an update; (committed bytes, whether it is complete and accepted).
+
+        `whole`: all of a small one, which came with its header.
 
         Raises as `PushUpdate` in aggregator.proto says.
         """
@@ -111,9 +116,15 @@ class Receiver:
             return header.manifest.size_bytes, True
         # From here to the slot nothing is awaited, so that the task stays open and has no other stream.
         manifest, report, expected = self.examined(header)
+        most_bytes = min(FIRST_CHUNK_BYTES, self._settings.max_chunk_bytes)
+        if whole is not None and not 0 < len(whole.data) == manifest.size_bytes <= most_bytes:
+            raise LayoutError("with its header comes all of a small update, or nothing of it")
         async with self._slots.slot(token, worker) as stream:
             self._begun.setdefault(token, time.monotonic())
             try:
+                if whole is not None:
+                    await self._store_whole(header, manifest, report, expected, whole, stream)
+                    return manifest.size_bytes, True
                 return await self._store(header, manifest, report, expected, chunks, stream)
             except StorageError as error:
                 self._data_folder.failed(Use.UPDATES, error)
@@ -196,6 +207,33 @@ class Receiver:
                 await asyncio.to_thread(upload.close)
         return manifest.size_bytes, True
 
+    async def _store_whole(
+        self,
+        header: UpdateHeader,
+        manifest: Manifest,
+        report: Report,
+        expected: ExpectedUpdate,
+        chunk: Chunk,
+        stream: UploadStream,
+    ) -> None:
+        """Store and accept an update that is here, in one hop to a thread."""
+        size_bytes = manifest.size_bytes
+        self._shell.apply(Progress(header.token, TaskPhase.UPLOADING, 1.0, size_bytes, size_bytes))
+        stream.complete()
+
+        def store() -> StoredUpdate:
+            upload = self._journal.begin(header, manifest)
+            try:
+                upload.append([chunk])
+                return _verify_and_seal(upload, expected)
+            finally:
+                if not upload.closed:
+                    upload.close()
+
+        took_s = time.monotonic() - self._begun.get(header.token, time.monotonic())
+        await to_its_end(self._accept(header, manifest, report.uploaded_in(took_s), expected, store))
+        self._data_folder.works(Use.UPDATES)
+
     async def _begin(self, header: UpdateHeader, manifest: Manifest) -> Upload:
         """Begin or continue the upload. Cancelled, it leaves no open file, and none that no round wants."""
         beginning = asyncio.create_task(asyncio.to_thread(self._journal.begin, header, manifest))
@@ -218,17 +256,29 @@ class Receiver:
         self._shell.apply(Progress(upload.header.token, TaskPhase.UPLOADING, fraction, held, total))
 
     async def accept(self, upload: Upload, report: Report, expected: ExpectedUpdate) -> None:
-        """Verify the whole update, make it durable, count it.
+        """Verify an update that is here whole, make it durable, count it. Raises as `_accept`."""
+        seal = partial(_verify_and_seal, upload, expected)
+        await self._accept(upload.header, upload.manifest, report, expected, seal)
+
+    async def _accept(
+        self,
+        header: UpdateHeader,
+        manifest: Manifest,
+        report: Report,
+        expected: ExpectedUpdate,
+        seal: Callable[[], StoredUpdate],
+    ) -> None:
+        """Have the whole update verified and made durable, in a thread by `seal`, and count it.
 
         Raises `UpdateRefused`, `RoundClosed` and `StorageError`.
         """
-        token = upload.header.token
+        token = header.token
         # Many updates that end at once wait here for memory to decode them.
-        size_bytes = decoding_bytes(upload.manifest)
+        size_bytes = decoding_bytes(manifest)
         await self._decoding.take(size_bytes)
         try:
             loop = asyncio.get_running_loop()
-            sealed = await loop.run_in_executor(self._checkers, _verify_and_seal, upload, expected)
+            sealed = await loop.run_in_executor(self._checkers, seal)
         except StorageError:
             # A round that has closed meanwhile has swept its uploads away: that is no fault of the disk.
             if not self._run.takes_update(token):

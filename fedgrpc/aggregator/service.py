@@ -11,6 +11,7 @@ import grpc.aio
 
 from fedgrpc import claims
 from fedgrpc.aggregator.coordinator import Coordinator
+from fedgrpc.aggregator.delta_bases import Held
 from fedgrpc.aggregator.negotiation import RAW, reduction_for
 from fedgrpc.aggregator.payload_encoder import Pull
 from fedgrpc.aggregator.receiver import Receiver
@@ -29,11 +30,12 @@ from fedgrpc.aggregator.views import (
     watch_interval_s,
 )
 from fedgrpc.aggregator.worker_calls import WorkerCalls
-from fedgrpc.codec.chunk import Chunk
+from fedgrpc.codec.chunk import LARGE_CHUNK_BYTES, Chunk, crc32
 from fedgrpc.codec.digest import DIGEST_BYTES
-from fedgrpc.errors import LayoutError, NotFound, WrongOffset
+from fedgrpc.errors import FedgrpcError, LayoutError, NotFound, WrongOffset
 from fedgrpc.protocol.descriptions import description_from_proto
 from fedgrpc.protocol.durations import duration_from_proto, duration_to_proto
+from fedgrpc.protocol.tensors import chunk_from_proto, chunk_to_proto
 from fedgrpc.rounds.events import TaskPhase
 from fedgrpc.rpc.admission import caller, quota_key
 from fedgrpc.rpc.identity import Session, peer_of
@@ -42,6 +44,9 @@ from fedgrpc.v1 import aggregator_pb2 as pb
 from fedgrpc.v1 import aggregator_pb2_grpc
 
 _MAX_PAGE = 1000
+# Models that go along with the tasks of a round: all together, and the least of each.
+_ALONG_BYTES = 16 << 20
+_LEAST_ALONG_BYTES = 16 << 10
 _AROUND_CHUNK_BYTES = 64 << 10
 _MAX_ROUND = (1 << 63) - 1
 
@@ -121,7 +126,31 @@ class AggregatorService(aggregator_pb2_grpc.AggregatorServicer):
         token = await self.calls.poll(request.worker, duration_from_proto(request.wait), held, new)
         if token is None:
             return pb.PollTaskResponse(run_ended=self._run.ended)
-        return pb.PollTaskResponse(task=self._terms.message(request.worker, token))
+        task = self._terms.message(request.worker, token)
+        return pb.PollTaskResponse(
+            task=task, model=await self.model_along(request.worker, token, held, request.model_bytes)
+        )
+
+    async def model_along(
+        self, worker: str, token: str, held: Held | None, most_bytes: int
+    ) -> pb.TaskModel | None:
+        """Return the model of a task, where it is small; None: the worker has to pull it."""
+        round_, layout = self._run.round, self._run.layout
+        # As pulls do, all answers together take a bounded memory in gRPC's buffers, or the least each.
+        share = max(_LEAST_ALONG_BYTES, _ALONG_BYTES // max(1, 0 if round_ is None else len(round_.state.tasks)))
+        most_bytes = min(most_bytes, share, LARGE_CHUNK_BYTES)
+        if not layout or sum(spec.nbytes for spec in layout) > most_bytes:
+            return None
+        try:
+            encoded = await self._models.get(self._pull_of(worker, token, held))
+            header = pb.PullModelResponse.FromString(encoded.header).header
+            if encoded.payload is None:
+                return pb.TaskModel(header=header)
+            data = await asyncio.to_thread(encoded.payload.read, 0, encoded.payload.size_bytes)
+        except FedgrpcError:
+            # Whatever it is, the worker learns of it where it can act on it: when it pulls.
+            return None
+        return pb.TaskModel(header=header, chunk=chunk_to_proto(Chunk(0, data, crc32(data))))
 
     async def PullModel(self, request: pb.PullModelRequest, context: grpc.aio.ServicerContext) -> None:
         encoded = await self._models.get(self._pull(request, context))
@@ -146,10 +175,13 @@ class AggregatorService(aggregator_pb2_grpc.AggregatorServicer):
                 raise NotFound("there is no model version yet")
             return Pull(version, Downlink(RAW))
         self._check_caller(context, request.worker)
-        version, task = self._terms.given(request.worker, request.token)
-        assert task.agreed is not None
         held = (request.base_version, checked_digest(request.base_digest)) if request.base_version else None
-        reduction = reduction_for(self._fleet.get(request.worker), task.local.plan)
+        return self._pull_of(request.worker, request.token, held)
+
+    def _pull_of(self, worker: str, token: str, held: Held | None) -> Pull:
+        version, task = self._terms.given(worker, token)
+        assert task.agreed is not None
+        reduction = reduction_for(self._fleet.get(worker), task.local.plan)
         return Pull(version, task.agreed.downlink, held, task.local.sub_model, reduction)
 
     async def Heartbeat(
@@ -172,14 +204,15 @@ class AggregatorService(aggregator_pb2_grpc.AggregatorServicer):
         first = await anext(request_iterator, None)
         if not isinstance(first, pb.PushUpdateRequest) or first.WhichOneof("content") != "header":
             raise LayoutError("the first message of an update is its header")
-        return await self.take_update(first.header, context)
+        return await self.take_update(first, context)
 
     async def take_update(
-        self, header: pb.UpdateHeader, context: grpc.aio.ServicerContext
+        self, first: pb.PushUpdateRequest, context: grpc.aio.ServicerContext
     ) -> pb.PushUpdateResponse:
-        """Take the chunks of an update whose header has come. Raises as `PushUpdate` says."""
-        self._check_caller(context, header.worker)
-        size_bytes, complete = await self._receiver.receive(header, UploadChunks(context))
+        """Take an update whose first message, with its header, has come. Raises as `PushUpdate` says."""
+        self._check_caller(context, first.header.worker)
+        whole = chunk_from_proto(first.whole) if first.HasField("whole") else None
+        size_bytes, complete = await self._receiver.receive(first.header, UploadChunks(context), whole)
         return pb.PushUpdateResponse(committed_size_bytes=size_bytes, complete=complete)
 
     async def QueryPush(

@@ -21,7 +21,7 @@ from typing import Any, Final, Protocol
 import grpc
 import grpc.aio
 
-from fedgrpc.codec.chunk import Chunk
+from fedgrpc.codec.chunk import FIRST_CHUNK_BYTES, Chunk
 from fedgrpc.errors import TooLargeError
 from fedgrpc.protocol.tensors import chunk_from_proto
 from fedgrpc.rpc.channel import MAX_MESSAGE_BYTES
@@ -46,6 +46,7 @@ _DATA_TAG: Final = 0x12
 _CRC_TAG: Final = 0x1D
 _CRC: Final = struct.Struct("<BI")
 _MAX_VARINT_BYTES: Final = 10
+_CHUNK_BESIDE_BYTES: Final = 32
 
 
 class _Message(Protocol):
@@ -174,6 +175,15 @@ def push_update(channel: grpc.aio.Channel) -> Any:
     )
 
 
+def push_whole(channel: grpc.aio.Channel) -> Any:
+    """Return the aggregator's `PushUpdate` for an update in one message: on the wire, a stream of one."""
+    return channel.unary_unary(
+        f"/{_AGGREGATOR}/PushUpdate",
+        aggregator_pb2.PushUpdateRequest.SerializeToString,
+        aggregator_pb2.PushUpdateResponse.FromString,
+    )
+
+
 def add_aggregator(
     servicer: aggregator_pb2_grpc.AggregatorServicer,
     server: grpc.aio.Server,
@@ -183,7 +193,10 @@ def add_aggregator(
 
     Its `WatchRounds` may yield serialized messages, each made once for all who watch.
     """
-    push_request = _reader(aggregator_pb2.PushUpdateRequest, max_header_bytes)
+    # A small update comes along with its header.
+    push_request = _reader(
+        aggregator_pb2.PushUpdateRequest, lambda: max_header_bytes() + FIRST_CHUNK_BYTES + _CHUNK_BESIDE_BYTES
+    )
     aggregator_pb2_grpc.add_AggregatorServicer_to_server(servicer, server)  # type: ignore[no-untyped-call]
     server.add_registered_method_handlers(
         _AGGREGATOR,

@@ -152,7 +152,7 @@ class DescribeModelResponse(_message.Message):
     def __init__(self) -> None: ...
 
 class PollTaskRequest(_message.Message):
-    __slots__ = ("worker", "wait", "held_version", "held_digest", "new_examples", "held", "conditions")
+    __slots__ = ("worker", "wait", "held_version", "held_digest", "new_examples", "held", "conditions", "model_bytes")
     WORKER_FIELD_NUMBER: _ClassVar[int]
     WAIT_FIELD_NUMBER: _ClassVar[int]
     HELD_VERSION_FIELD_NUMBER: _ClassVar[int]
@@ -160,6 +160,7 @@ class PollTaskRequest(_message.Message):
     NEW_EXAMPLES_FIELD_NUMBER: _ClassVar[int]
     HELD_FIELD_NUMBER: _ClassVar[int]
     CONDITIONS_FIELD_NUMBER: _ClassVar[int]
+    MODEL_BYTES_FIELD_NUMBER: _ClassVar[int]
     worker: str
     wait: _duration_pb2.Duration
     held_version: int
@@ -167,7 +168,8 @@ class PollTaskRequest(_message.Message):
     new_examples: int
     held: _containers.RepeatedCompositeFieldContainer[HeldOfRun]
     conditions: _device_pb2.DeviceConditions
-    def __init__(self, worker: _Optional[str] = ..., wait: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., held_version: _Optional[int] = ..., held_digest: _Optional[bytes] = ..., new_examples: _Optional[int] = ..., held: _Optional[_Iterable[_Union[HeldOfRun, _Mapping]]] = ..., conditions: _Optional[_Union[_device_pb2.DeviceConditions, _Mapping]] = ...) -> None: ...
+    model_bytes: int
+    def __init__(self, worker: _Optional[str] = ..., wait: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., held_version: _Optional[int] = ..., held_digest: _Optional[bytes] = ..., new_examples: _Optional[int] = ..., held: _Optional[_Iterable[_Union[HeldOfRun, _Mapping]]] = ..., conditions: _Optional[_Union[_device_pb2.DeviceConditions, _Mapping]] = ..., model_bytes: _Optional[int] = ...) -> None: ...
 
 class HeldOfRun(_message.Message):
     __slots__ = ("run_id", "held_version", "held_digest", "new_examples")
@@ -182,14 +184,24 @@ class HeldOfRun(_message.Message):
     def __init__(self, run_id: _Optional[str] = ..., held_version: _Optional[int] = ..., held_digest: _Optional[bytes] = ..., new_examples: _Optional[int] = ...) -> None: ...
 
 class PollTaskResponse(_message.Message):
-    __slots__ = ("task", "run_ended", "introduce")
+    __slots__ = ("task", "run_ended", "introduce", "model")
     TASK_FIELD_NUMBER: _ClassVar[int]
     RUN_ENDED_FIELD_NUMBER: _ClassVar[int]
     INTRODUCE_FIELD_NUMBER: _ClassVar[int]
+    MODEL_FIELD_NUMBER: _ClassVar[int]
     task: Task
     run_ended: bool
     introduce: RunTerms
-    def __init__(self, task: _Optional[_Union[Task, _Mapping]] = ..., run_ended: _Optional[bool] = ..., introduce: _Optional[_Union[RunTerms, _Mapping]] = ...) -> None: ...
+    model: TaskModel
+    def __init__(self, task: _Optional[_Union[Task, _Mapping]] = ..., run_ended: _Optional[bool] = ..., introduce: _Optional[_Union[RunTerms, _Mapping]] = ..., model: _Optional[_Union[TaskModel, _Mapping]] = ...) -> None: ...
+
+class TaskModel(_message.Message):
+    __slots__ = ("header", "chunk")
+    HEADER_FIELD_NUMBER: _ClassVar[int]
+    CHUNK_FIELD_NUMBER: _ClassVar[int]
+    header: ModelHeader
+    chunk: _tensor_pb2.Chunk
+    def __init__(self, header: _Optional[_Union[ModelHeader, _Mapping]] = ..., chunk: _Optional[_Union[_tensor_pb2.Chunk, _Mapping]] = ...) -> None: ...
 
 class PollTasksRequest(_message.Message):
     __slots__ = ("poll",)
@@ -302,12 +314,14 @@ class HeartbeatResponse(_message.Message):
     def __init__(self, cancel: _Optional[bool] = ..., reason: _Optional[str] = ..., time_left: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ...) -> None: ...
 
 class PushUpdateRequest(_message.Message):
-    __slots__ = ("header", "chunk")
+    __slots__ = ("header", "chunk", "whole")
     HEADER_FIELD_NUMBER: _ClassVar[int]
     CHUNK_FIELD_NUMBER: _ClassVar[int]
+    WHOLE_FIELD_NUMBER: _ClassVar[int]
     header: UpdateHeader
     chunk: _tensor_pb2.Chunk
-    def __init__(self, header: _Optional[_Union[UpdateHeader, _Mapping]] = ..., chunk: _Optional[_Union[_tensor_pb2.Chunk, _Mapping]] = ...) -> None: ...
+    whole: _tensor_pb2.Chunk
+    def __init__(self, header: _Optional[_Union[UpdateHeader, _Mapping]] = ..., chunk: _Optional[_Union[_tensor_pb2.Chunk, _Mapping]] = ..., whole: _Optional[_Union[_tensor_pb2.Chunk, _Mapping]] = ...) -> None: ...
 
 class UpdateHeader(_message.Message):
     __slots__ = ("worker", "token", "manifest", "example_count", "steps", "metrics", "evaluation_metrics", "evaluation_example_count", "timings", "peak_memory_bytes", "channels", "merged_updates", "weight", "tensor_bytes", "accumulated_steps", "unchanged", "scores_of_sub_models", "scores_not_finite", "noise_ratio")

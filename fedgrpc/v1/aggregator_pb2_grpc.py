@@ -305,7 +305,8 @@ class AggregatorServicer:
         raise NotImplementedError('Method not implemented!')
 
     def PushUpdate(self, request_iterator, context):
-        """Sends an update: a header, then chunks from the offset that `QueryPush` told (0 for a new one). Acknowledged
+        """Sends an update: a header, then chunks from the offset that `QueryPush` told (0 for a new one). One of at most 64 KiB
+        may come whole with its header (`PushUpdateRequest.whole`). Acknowledged
         once it is verified and durable; sending a complete update again is acknowledged again and counts once.
         A stream that ends before the payload does is answered with the committed size, and not an error.
         UNAVAILABLE with "LinkError": no whole chunk came for the time of a lease. So chunks have to fit the link: begin

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncIterator, Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import aclosing, asynccontextmanager, contextmanager
+from contextlib import aclosing, asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -17,7 +17,15 @@ import grpc.aio
 
 from fedgrpc import tracing
 from fedgrpc.aio import BatchPipeline, prefetched
-from fedgrpc.codec.chunk import CHUNK_BYTES, FIRST_CHUNK_BYTES, LARGE_CHUNK_BYTES, Chunk, ChunkSizer, chunk_at
+from fedgrpc.codec.chunk import (
+    CHUNK_BYTES,
+    CHUNK_S,
+    FIRST_CHUNK_BYTES,
+    LARGE_CHUNK_BYTES,
+    Chunk,
+    ChunkSizer,
+    chunk_at,
+)
 from fedgrpc.codec.encoding import ENCODING_NAMES
 from fedgrpc.codec.payload import Read
 from fedgrpc.errors import CorruptError, LayoutError, LinkError, WrongOffset
@@ -25,6 +33,7 @@ from fedgrpc.protocol.descriptions import ModelDescription, description_to_proto
 from fedgrpc.protocol.devices import DeviceProfile, profile_to_proto
 from fedgrpc.protocol.durations import duration_from_proto, duration_to_proto
 from fedgrpc.protocol.tasks import Registration, Task, WorkerRole, registration_from_proto, task_from_proto
+from fedgrpc.protocol.tensors import chunk_from_proto, chunk_to_proto
 from fedgrpc.rounds.events import TaskPhase
 from fedgrpc.rpc import framing
 from fedgrpc.rpc.client_stream import ClientStream
@@ -112,6 +121,9 @@ class AggregatorClient:
         self._max_chunk_bytes = CHUNK_BYTES
         self._introduced_as: tuple[DeviceProfile, WorkerRole, Collection[str], bool] | None = None
         self._chunk_bytes = FIRST_CHUNK_BYTES
+        # The most bytes of a model that may come along with a task, and the one that has: its token, and itself.
+        self._along_bytes = FIRST_CHUNK_BYTES
+        self._along: tuple[str, aggregator_pb2.TaskModel] | None = None
 
     def use(self, channel: grpc.aio.Channel) -> None:
         """Make further calls over this channel. Those in progress stay on theirs."""
@@ -123,6 +135,7 @@ class AggregatorClient:
         self._pull_model = framing.pull_model(channel)
         self._pull_version = framing.pull_version(channel)
         self._push_update = framing.push_update(channel)
+        self._push_whole_update = framing.push_whole(channel)
 
     async def register(
         self, profile: DeviceProfile, role: WorkerRole, parts: Collection[str] = (), many_runs: bool = False
@@ -188,7 +201,10 @@ class AggregatorClient:
         `others` have, of each further run, its id, the model held of it, and the number of new examples.
         """
         request = aggregator_pb2.PollTaskRequest(
-            worker=self._worker, wait=duration_to_proto(wait_s), new_examples=new_examples
+            worker=self._worker,
+            wait=duration_to_proto(wait_s),
+            new_examples=new_examples,
+            model_bytes=self._along_bytes,
         )
         if held is not None:
             request.held_version = held.version
@@ -205,6 +221,7 @@ class AggregatorClient:
             introduce = reply.introduce if reply.HasField("introduce") else None
             return Polled(None, None, reply.run_ended, introduce)
         given = reply.task
+        self._along = (given.token, reply.model) if reply.HasField("model") else None
         self._metadata = (*self._own_metadata, *tracing.metadata(given.run_id, given.round, given.token))
         try:
             return Polled(task_from_proto(reply.task), reply.task, reply.run_ended)
@@ -256,6 +273,8 @@ class AggregatorClient:
         size_bytes = header.manifest.size_bytes
         pacer = Pacer(self._throttle.link_bits_per_second)
         with domain_errors(), self._chunk_sizer() as sizer:
+            if not offset and size_bytes <= min(FIRST_CHUNK_BYTES, sizer.chunk_bytes):
+                return await self._push_whole(header, read, pacer, report)
             async with (
                 self._stall_guard() as moved,
                 _cancelled_on_exit(self._push_update(metadata=self._metadata)) as call,
@@ -275,6 +294,19 @@ class AggregatorClient:
                 response = await stream.finish()
         return response is not None and bool(response.complete)
 
+    async def _push_whole(
+        self, header: aggregator_pb2.UpdateHeader, read: Read, pacer: Pacer, report: Report
+    ) -> bool:
+        """Send a small update in one message. Returns as `push` does."""
+        request, size_bytes = aggregator_pb2.PushUpdateRequest(header=header), header.manifest.size_bytes
+        if size_bytes:
+            request.whole.CopyFrom(chunk_to_proto(chunk_at(read, 0, size_bytes)))
+        async with self._stall_guard() as moved:
+            await pacer.wait(size_bytes, moved)
+            response = await self._push_whole_update(request, metadata=self._metadata)
+        report(1.0)
+        return bool(response.complete)
+
     async def pull(
         self, folder: ModelFolder, source: Source, token: str = "", report: Report = _ignore
     ) -> HeldModel:
@@ -288,6 +320,11 @@ class AggregatorClient:
             UnknownTask, RoundClosed, NotFound: the aggregator has no such task any more, or no such version.
             LayoutError, TooLargeError: the manifest is refused.
         """
+        along, self._along = self._along, None
+        if along is not None and token and along[0] == token:
+            with suppress(CorruptError, WrongOffset):
+                if (taken := await self._taken_along(along[1], folder, source, report)) is not None:
+                    return taken
         offset = await asyncio.to_thread(folder.partial_size_bytes, source) if folder.has_partial else 0
         try:
             return await self._pull_from(folder, source, token, offset, report)
@@ -297,6 +334,29 @@ class AggregatorClient:
         # The aggregator's payload is another than the one whose first bytes are kept here.
         await asyncio.to_thread(folder.drop_partial)
         return await self._pull_from(folder, source, token, 0, report)
+
+    async def _taken_along(
+        self, model: aggregator_pb2.TaskModel, folder: ModelFolder, source: Source, report: Report
+    ) -> HeldModel | None:
+        """Store the model that came along with its task; None: it has to be pulled. Raises as `pull`."""
+        header, base = model.header, folder.base_for(source)
+        if base is not None and header.base_version == base.version == source.version:
+            return base
+        if header.base_version and (base is None or base.version != header.base_version):
+            return None
+
+        def store() -> HeldModel:
+            partial = folder.open_partial(source, header, 0)
+            try:
+                partial.append([chunk_from_proto(model.chunk)])
+            finally:
+                partial.close()
+            return folder.finish(partial)
+
+        await Pacer(self._throttle.link_bits_per_second).wait(len(model.chunk.data), _ignore)
+        held = await asyncio.to_thread(store)
+        report(1.0)
+        return held
 
     async def _pull_from(
         self, folder: ModelFolder, source: Source, token: str, offset: int, report: Report
@@ -312,10 +372,12 @@ class AggregatorClient:
                 if base is not None and header.base_version == base.version == source.version:
                     return base
                 partial = await asyncio.to_thread(folder.open_partial, source, header, offset)
+                begun_s = self._clock()
                 try:
                     await self._receive(call, partial, moved, report)
                 finally:
                     partial.close()
+                self._note_rate(partial.size_bytes - offset, self._clock() - begun_s)
         return await asyncio.to_thread(folder.finish, partial)
 
     def _model_stream(self, source: Source, token: str, base: HeldModel | None, offset: int) -> Any:
@@ -353,6 +415,12 @@ class AggregatorClient:
         )
         with domain_errors():
             await self._models.ReportRelease(request, metadata=self._metadata, timeout=_CALL_S)
+
+    def _note_rate(self, size_bytes: int, took_s: float) -> None:
+        """Note how fast a model came: the next one may come along with its task where the link carries it."""
+        # What is smaller tells of the round trip alone.
+        if size_bytes >= FIRST_CHUNK_BYTES:
+            self._along_bytes = min(LARGE_CHUNK_BYTES, int(CHUNK_S * size_bytes / max(took_s, 1e-3)))
 
     async def _receive(self, call: Any, partial: PartialModel, moved: Moved, report: Report) -> None:
         pacer = Pacer(self._throttle.link_bits_per_second)

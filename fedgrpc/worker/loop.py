@@ -59,7 +59,7 @@ _GOODBYE_S: Final = 2.0
 _LEAVE_S: Final = 10.0
 _REPORT_INTERVAL_S: Final = 0.1
 # A phase that is over sooner gets no heartbeat.
-_SETTLED_S: Final = 0.1
+_SETTLED_S: Final = 1.0
 # How often a device that waits for its own conditions looks again.
 _LOOK_AGAIN_S: Final = 20.0
 

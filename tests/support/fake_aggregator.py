@@ -213,22 +213,23 @@ class FakeAggregator(aggregator_pb2_grpc.AggregatorServicer):
     async def PushUpdate(self, requests, context):
         self.pushed_at.append(time.monotonic())
         await self.note("PushUpdate")
-        header = (await anext(requests)).header
+        first = await anext(requests)
+        header = first.header
         self.task_of(header.token)
         if header.token in self.closed:
             raise RoundClosed(self.closed[header.token])
         upload = self.uploads.setdefault(header.token, Upload(header))
         if upload.header != header:
             raise AssertionError("the header differs between attempts")
-        async for request in requests:
+        async for chunk in chunks_of(first, requests):
             await self.note("PushUpdate.chunk")
-            if len(request.chunk.data) > self.max_chunk_bytes:
+            if len(chunk.data) > self.max_chunk_bytes:
                 raise TooLargeError(f"allowed are {self.max_chunk_bytes}")
-            if request.chunk.offset != len(upload.data):
+            if chunk.offset != len(upload.data):
                 raise WrongOffset(f"expected {len(upload.data)}")
-            if zlib.crc32(request.chunk.data) != request.chunk.crc32:
+            if zlib.crc32(chunk.data) != chunk.crc32:
                 raise CorruptError("crc")
-            upload.data += request.chunk.data
+            upload.data += chunk.data
             if "incomplete" in self.faults:
                 self.faults.remove("incomplete")
                 return aggregator_pb2.PushUpdateResponse(committed_size_bytes=len(upload.data))
@@ -251,6 +252,13 @@ class FakeAggregator(aggregator_pb2_grpc.AggregatorServicer):
     async def Leave(self, request, context):
         await self.note("Leave")
         return aggregator_pb2.LeaveResponse()
+
+
+async def chunks_of(first, requests):
+    if first.HasField("whole"):
+        yield first.whole
+    async for request in requests:
+        yield request.chunk
 
 
 @asynccontextmanager

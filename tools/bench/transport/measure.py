@@ -297,7 +297,13 @@ def _choices(text: str, known: tuple[str, ...]) -> list[str]:
 
 
 def _contestants(text: str) -> list[str]:
-    chosen = [name for name in CONTESTANTS if any(part in name for part in text.split(","))]
+    parts = text.split(",")
+    # A whole name means that contestant alone.
+    chosen = [
+        name
+        for name in CONTESTANTS
+        if any(part == name or (part in name and part not in CONTESTANTS) for part in parts)
+    ]
     if not chosen:
         raise argparse.ArgumentTypeError(f"{text!r} names none of: {', '.join(CONTESTANTS)}")
     return chosen
