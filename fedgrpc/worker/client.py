@@ -216,7 +216,12 @@ class AggregatorClient:
         if conditions is not None:
             request.conditions.CopyFrom(conditions)
         assert self._tasks is not None
-        reply = await self._tasks.poll(request, wait_s + _POLL_MARGIN_S)
+        try:
+            reply = await self._tasks.poll(request, wait_s + _POLL_MARGIN_S)
+        except LinkError:
+            # Its answer may have been too large for the link.
+            self._along_bytes = min(self._along_bytes, FIRST_CHUNK_BYTES) // 4
+            raise
         if not reply.HasField("task"):
             introduce = reply.introduce if reply.HasField("introduce") else None
             return Polled(None, None, reply.run_ended, introduce)
@@ -418,9 +423,9 @@ class AggregatorClient:
 
     def _note_rate(self, size_bytes: int, took_s: float) -> None:
         """Note how fast a model came: the next one may come along with its task where the link carries it."""
-        # What is smaller tells of the round trip alone.
-        if size_bytes >= FIRST_CHUNK_BYTES:
-            self._along_bytes = min(LARGE_CHUNK_BYTES, int(CHUNK_S * size_bytes / max(took_s, 1e-3)))
+        carried = min(LARGE_CHUNK_BYTES, int(CHUNK_S * size_bytes / max(took_s, 1e-3)))
+        # What is smaller tells of the round trip, too: the link carries more.
+        self._along_bytes = carried if size_bytes >= FIRST_CHUNK_BYTES else max(carried, self._along_bytes)
 
     async def _receive(self, call: Any, partial: PartialModel, moved: Moved, report: Report) -> None:
         pacer = Pacer(self._throttle.link_bits_per_second)
