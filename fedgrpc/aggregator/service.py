@@ -30,7 +30,7 @@ from fedgrpc.aggregator.views import (
     watch_interval_s,
 )
 from fedgrpc.aggregator.worker_calls import WorkerCalls
-from fedgrpc.codec.chunk import LARGE_CHUNK_BYTES, Chunk, crc32
+from fedgrpc.codec.chunk import Chunk, crc32
 from fedgrpc.codec.digest import DIGEST_BYTES
 from fedgrpc.errors import FedgrpcError, LayoutError, NotFound, WrongOffset
 from fedgrpc.protocol.descriptions import description_from_proto
@@ -138,7 +138,7 @@ class AggregatorService(aggregator_pb2_grpc.AggregatorServicer):
         round_, layout = self._run.round, self._run.layout
         # As pulls do, all answers together take a bounded memory in gRPC's buffers, or the least each.
         share = max(_LEAST_ALONG_BYTES, _ALONG_BYTES // max(1, 0 if round_ is None else len(round_.state.tasks)))
-        most_bytes = min(most_bytes, share, LARGE_CHUNK_BYTES)
+        most_bytes = min(most_bytes, share, self._settings.max_chunk_bytes)
         if not layout or sum(spec.nbytes for spec in layout) > most_bytes:
             return None
         try:
