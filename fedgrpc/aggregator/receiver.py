@@ -6,6 +6,7 @@ The rule: nothing of an update counts before all of it does.
 from __future__ import annotations
 
 import asyncio
+import threading
 import time
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -39,8 +40,9 @@ from fedgrpc.v1.aggregator_pb2 import UpdateHeader
 
 # How often the round hears how far an upload is. Each chunk would cost an event.
 _PROGRESS_INTERVAL_S = 0.1
-# Updates that are verified at the same time: threads, and memory all together.
+# Updates that are verified at the same time, and memory all together; threads, which then wait for the disk.
 _CHECKERS = 4
+_SEALERS = 16
 _DECODING_BYTES = 64 << 20
 
 log = structlog.get_logger()
@@ -78,7 +80,8 @@ class Receiver:
         self._slots = UploadSlots(settings.max_uploads)
         self._memory = ByteBudget(settings.max_upload_memory_bytes)
         self._decoding = ByteBudget(_DECODING_BYTES)
-        self._checkers = ThreadPoolExecutor(_CHECKERS, thread_name_prefix="checking")
+        self._checkers = ThreadPoolExecutor(_SEALERS, thread_name_prefix="checking")
+        self._checking = threading.BoundedSemaphore(_CHECKERS)
         self._header_of: Layout = ()
         self._max_header_bytes = max_header_bytes(())
         # When the first byte of each update came.
@@ -225,7 +228,7 @@ class Receiver:
             upload = self._journal.begin(header, manifest)
             try:
                 upload.append([chunk])
-                return _verify_and_seal(upload, expected)
+                return self._verify_and_seal(upload, expected)
             finally:
                 if not upload.closed:
                     upload.close()
@@ -257,7 +260,7 @@ class Receiver:
 
     async def accept(self, upload: Upload, report: Report, expected: ExpectedUpdate) -> None:
         """Verify an update that is here whole, make it durable, count it. Raises as `_accept`."""
-        seal = partial(_verify_and_seal, upload, expected)
+        seal = partial(self._verify_and_seal, upload, expected)
         await self._accept(upload.header, upload.manifest, report, expected, seal)
 
     async def _accept(
@@ -308,14 +311,14 @@ class Receiver:
         if report.unchanged:
             self._log.warning("training changed nothing", **about)
 
-
-def _verify_and_seal(upload: Upload, expected: ExpectedUpdate) -> StoredUpdate:
-    """Return the accepted update. Raises `UpdateRefused` for good, `CorruptError` and `StorageError`."""
-    stored = upload.finish()
-    try:
-        verify(stored, expected)
-    except (CodecError, UpdateRefused) as error:
-        upload.discard()
-        # The digest matches, so these are the bytes that were sent: `CorruptError` would ask for them again.
-        raise UpdateRefused(str(error)) from error
-    return upload.seal()
+    def _verify_and_seal(self, upload: Upload, expected: ExpectedUpdate) -> StoredUpdate:
+        """Return the accepted update. Raises `UpdateRefused` for good, `CorruptError` and `StorageError`."""
+        stored = upload.finish()
+        try:
+            with self._checking:
+                verify(stored, expected)
+        except (CodecError, UpdateRefused) as error:
+            upload.discard()
+            # The digest matches, so these are the bytes that were sent: `CorruptError` would ask for them again.
+            raise UpdateRefused(str(error)) from error
+        return upload.seal()

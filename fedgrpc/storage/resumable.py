@@ -17,14 +17,14 @@ from __future__ import annotations
 import hashlib
 import os
 import struct
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from io import FileIO
 from pathlib import Path
 
 from fedgrpc.codec.chunk import Chunk, check_chunk, crc32
 from fedgrpc.codec.digest import DIGEST_BYTES, new_digest
 from fedgrpc.errors import CorruptError
-from fedgrpc.storage.files import RecycledFiles, pwrite, read_pieces, storage_errors, sync, write_back
+from fedgrpc.storage.files import RecycledFiles, pwrite, read_pieces, storage_errors, write_back
 
 _HEAD = struct.Struct(f"<QII{DIGEST_BYTES}s")
 _MAX_HEADER_BYTES = 16 << 20
@@ -167,8 +167,8 @@ class ResumableFile:
             write_back(handle, self.payload_start + self.size_bytes, at - self.size_bytes)
         self.size_bytes = at
 
-    def publish(self, final: Path) -> None:
-        """Make the file durable, if it is to be, and give it the name `final`.
+    def publish(self, final: Path, sync_folder: Callable[[], None]) -> None:
+        """Make the file durable, if it is to be, and give it the name `final`; `sync_folder` makes names durable.
 
         Raises `StorageError`; what could not be made durable is gone then, and has to be sent again.
         """
@@ -180,7 +180,7 @@ class ResumableFile:
                 self.path.replace(final)
                 if self._durable:
                     # Without this a power cut may take the name away again, though the bytes are there.
-                    sync(final.parent)
+                    sync_folder()
         finally:
             self.close()
 

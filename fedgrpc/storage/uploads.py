@@ -22,6 +22,7 @@ from fedgrpc.codec.manifest import Manifest
 from fedgrpc.errors import CodecError, CorruptError, StorageError
 from fedgrpc.protocol.tensors import manifest_from_proto
 from fedgrpc.storage.files import RecycledFiles, storage_errors
+from fedgrpc.storage.grouped_syncs import GroupedSyncs
 from fedgrpc.storage.resumable import ResumableFile, committed_bytes, read_header
 from fedgrpc.storage.update_file import StoredUpdate
 from fedgrpc.v1.aggregator_pb2 import UpdateHeader
@@ -34,9 +35,16 @@ class Upload(ResumableFile):
     """An update on its way in. One task at a time uses it."""
 
     def __init__(
-        self, part: Path, header: UpdateHeader, manifest: Manifest, recycled: RecycledFiles, durable: bool = True
+        self,
+        part: Path,
+        header: UpdateHeader,
+        manifest: Manifest,
+        recycled: RecycledFiles,
+        syncs: GroupedSyncs,
+        durable: bool = True,
     ) -> None:
         """Raises OSError."""
+        self._syncs = syncs
         self.header = header
         self.manifest = manifest
         text = header.SerializeToString(deterministic=True)
@@ -56,7 +64,7 @@ class Upload(ResumableFile):
         """Accept the update: durable, if it is to be, then under its final name. Raises `StorageError`."""
         # From this rename on the update counts, whatever happens to this process: recovery looks for the name.
         final = self.path.with_suffix(".update")
-        self.publish(final)
+        self.publish(final, self._syncs.sync)
         return self._stored(final)
 
     def _stored(self, path: Path) -> StoredUpdate:
@@ -71,13 +79,15 @@ class UploadJournal:
         self._folder = folder
         self._durable = durable
         self._recycled = RecycledFiles(folder / "recycled", _MAX_RECYCLED)
+        # Updates that end together share a sync of their names.
+        self._syncs = GroupedSyncs(folder)
         self._sealed: dict[str, StoredUpdate] = {}
 
     def begin(self, header: UpdateHeader, manifest: Manifest) -> Upload:
         """Begin or continue the upload of `header.token`. Raises `StorageError`."""
         with storage_errors("an update", "store"):
             part = self._folder / f"{header.token}.part"
-            return Upload(part, header, manifest, self._recycled, self._durable)
+            return Upload(part, header, manifest, self._recycled, self._syncs, self._durable)
 
     def committed_bytes(self, token: str) -> int:
         """Payload bytes committed of an upload in progress; 0 when none is. Raises `StorageError`."""
