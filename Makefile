@@ -16,7 +16,7 @@ PURE_TESTS := $(wildcard $(addprefix tests/,test_architecture.py test_claims.py 
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help venv demo check test test-pure test-extras test-models simulate fuzz faults soak load bench-niid images deploy-test fleet fleet-runs lint format protos settings lock sbom clean
+.PHONY: help venv demo check test test-pure test-extras test-models simulate fuzz faults soak load bench-niid images deploy-test fleet fleet-runs lint format protos settings lock sbom dist man reference clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-10s %s\n", $$1, $$2}'
@@ -88,6 +88,7 @@ lint: $(INSTALLED)  ## check style, types, protocol and that the generated code 
 	$(BIN)/buf lint
 	$(BIN)/python tools/generate_protos.py --check
 	$(BIN)/python tools/settings_table.py --check
+	$(BIN)/python -m tools.reference --check
 
 format: $(INSTALLED)  ## fix what can be fixed of the style
 	$(BIN)/ruff check --fix .
@@ -95,6 +96,13 @@ format: $(INSTALLED)  ## fix what can be fixed of the style
 
 protos: $(INSTALLED)  ## generate fedgrpc/v1 from protos/
 	$(BIN)/python tools/generate_protos.py
+
+reference: $(INSTALLED)  ## write docs/reference from the code, and docs/settings.md
+	$(BIN)/python tools/settings_table.py
+	$(BIN)/python -m tools.reference
+
+man: $(INSTALLED)  ## write manual pages of the commands to build/man
+	$(BIN)/python -m tools.man_pages
 
 settings: $(INSTALLED)  ## write docs/settings.md from the command line's declarations
 	$(BIN)/python tools/settings_table.py
@@ -119,6 +127,21 @@ sbom: $(SUPPLY_CHAIN)/.installed  ## write build/fedgrpc.cdx.json (CycloneDX): w
 		'.$(if $(EXTRAS),[$(EXTRAS)])'
 	$(SUPPLY_CHAIN)/bin/cyclonedx-py environment --pyproject pyproject.toml --mc-type application --output-reproducible \
 		--output-format JSON --output-file build/fedgrpc.cdx.json build/sbom
+
+# Tools that build and check what is published, apart from .venv too.
+PACKAGING := build/packaging
+
+$(PACKAGING)/.installed: constraints.txt
+	$(PYTHON) -m venv --clear $(PACKAGING)
+	$(PACKAGING)/bin/python -m pip install --quiet --constraint constraints.txt build twine check-wheel-contents
+	@touch $@
+
+dist: $(PACKAGING)/.installed  ## build wheel and sdist into dist/ and check them in an empty environment; EXTRAS=torch
+	rm -rf dist
+	PIP_CONSTRAINT=$(CURDIR)/constraints.txt $(PACKAGING)/bin/python -m build --outdir dist
+	$(PACKAGING)/bin/twine check --strict dist/*
+	$(PACKAGING)/bin/check-wheel-contents dist/*.whl
+	$(PYTHON) -m tools.check_distribution dist $(addprefix --extra ,$(EXTRAS)) $(ARGS)
 
 clean:  ## remove what the other targets made, .venv too
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist
