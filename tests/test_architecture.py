@@ -76,6 +76,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         *(*CORE, "trainer", "v1", "protocol", "rpc", "identity", "storage", "process", "metrics"),
         *("aggregator", "worker"),
     },
+    "plots": {"errors"},
     "words": {"claims", "v1"},
     "tracing": {"errors", "v1"},
     "gauges": {"errors", "v1", "client", "identity"},
@@ -100,13 +101,13 @@ MAY_IMPORT: dict[str, set[str]] = {
     # The run as it is deployed, but for transport and clock: above both sides, as a leaf is.
     "simulation": {
         *(*CORE, "trainer", "toml", "v1", "protocol", "storage", "logging", "metrics"),
-        *("aggregator", "worker"),
+        *("aggregator", "worker", "plots"),
     },
     "__main__": {"cli"},
     "cli": {
         *(*CORE, "trainer", "v1", "protocol", "rpc", "identity", "storage", "process", "logging", "metrics"),
         *("client", "model_client", "aggregator", "worker", "hierarchy", "datasets", "tasks", "torch"),
-        *("simulation", "toml", "words", "web", "gauges", "tracing"),
+        *("simulation", "toml", "words", "web", "gauges", "tracing", "plots"),
     },
 }
 # Where torch may be imported; everything else runs on a machine without it.

@@ -23,7 +23,8 @@ from fedgrpc.cli.as_json import json_text
 from fedgrpc.cli.options import AS_JSON, Declare, SettingsCommand
 from fedgrpc.cli.values import read_file
 from fedgrpc.cli.view import piped_console, print_table
-from fedgrpc.errors import ExtraMissing, FedgrpcError, UsageError
+from fedgrpc.errors import FedgrpcError, UsageError
+from fedgrpc.plots import COLOURS, TEXT_PT, check_plot, legend_below, new_figure, save, styles
 from fedgrpc.simulation.fleet import DescribedFleet, FleetVariant
 from fedgrpc.simulation.fleet_result import FleetResult
 from fedgrpc.simulation.fleet_run import FleetRun
@@ -207,54 +208,29 @@ def classes_table(results: Sequence[FleetResult]) -> Table:
     return table
 
 
-def check_plot(path: Path) -> None:
-    """Raise `UsageError` where `plot_results` would, before hours of simulation."""
-    try:
-        import matplotlib as mpl
-    except ImportError as error:
-        raise ExtraMissing.of("--plot", "demo", error) from error
-    mpl.use("Agg")
-    from matplotlib.backend_bases import FigureCanvasBase
-
-    formats = FigureCanvasBase.get_supported_filetypes()
-    if path.suffix.removeprefix(".").lower() not in formats:
-        raise UsageError(
-            f"cannot write the plot {path}: its name must end in one of .{', .'.join(sorted(formats))}"
-        )
-    if not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
-        raise UsageError(f"cannot write the plot {path}: the folder {path.parent} cannot be written")
-
-
 def plot_results(results: Sequence[FleetResult], path: Path) -> None:
     """Plot versions and participation over time, and the work. Raises `UsageError`."""
     check_plot(path)
-    from matplotlib import pyplot as plt
-
-    figure, (versions, part, work) = plt.subplots(1, 3, figsize=(14, 4.2), constrained_layout=True)
-    for result in results:
+    figure, (versions, part, work) = new_figure(3, 14, 4.8)
+    for result, (colour, _) in zip(results, styles(), strict=False):
         committed = [line.ended_at / 3600 for line in result.lines if line.committed]
-        versions.step([0, *committed], range(len(committed) + 1), where="post", label=result.name)
+        steps = {"where": "post", "label": result.name, "color": colour}
+        versions.step([0, *committed], range(len(committed) + 1), **steps)
         devices = sum(line.devices for line in result.classes)
         came = [at / 3600 for at in result.took_part_at]
-        part.step([0, *came], [100 * n / devices for n in range(len(came) + 1)], where="post", label=result.name)
+        part.step([0, *came], [100 * n / devices for n in range(len(came) + 1)], **steps)
     names = [result.name for result in results]
     wasted = [result.trained_hours * result.wasted_training_share for result in results]
     merged = [result.trained_hours - lost for result, lost in zip(results, wasted, strict=True)]
-    work.barh(names, merged, label="merged")
-    work.barh(names, wasted, left=merged, label="wasted")
+    work.barh(names, merged, label="merged", color=COLOURS[0])
+    work.barh(names, wasted, left=merged, label="wasted", color=COLOURS[1], hatch="//", edgecolor="white")
     work.invert_yaxis()
     versions.set(xlabel="hours", ylabel="versions", title="Rounds committed")
     part.set(xlabel="hours", ylabel="% of the devices", title="Devices that took part")
     work.set(xlabel="device hours of training", title="Work")
-    for axes in (versions, part, work):
-        axes.grid(alpha=0.3)
-        axes.legend(fontsize="small")
-    try:
-        figure.savefig(path, dpi=110)
-    except (OSError, ValueError) as error:
-        raise UsageError(f"cannot write the plot {path}: {error}") from error
-    finally:
-        plt.close(figure)
+    work.legend(loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=2, frameon=False, fontsize=TEXT_PT)
+    legend_below(figure, versions, 4)
+    save(figure, path)
 
 
 _fleet = Declare("Simulation")

@@ -20,7 +20,6 @@ import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -33,6 +32,7 @@ from fedgrpc.codec.payload import PayloadReader, buffer_reader, write_payload
 from fedgrpc.codec.recipe import Recipe
 from fedgrpc.datasets.fashion_mnist import load_fashion_mnist
 from fedgrpc.datasets.partition import Dirichlet
+from tools.pictures import draw_encodings
 
 Weights = dict[str, np.ndarray]
 WORKERS = 10
@@ -249,54 +249,20 @@ def table(rows: list[dict]) -> str:
 
 
 def plot(rows: list[dict], path: Path) -> None:
-    """Final accuracy over bytes a round, log axis: up, of encodings of the way up; both, of those of both ways."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(1, 2, figsize=(15, 7))
-    for axis, title, size in (
-        (axes[0], "bytes up a round", lambda r: r["up_per_round"]),
-        (axes[1], "bytes both ways a round", lambda r: r["up_per_round"] + r["down_per_round"]),
-    ):
-        of_both = axis is axes[1]
-        points: dict[str, tuple[float, float]] = {}
-        for row in rows:
-            if row["name"] != "float32" and (" / " in row["name"]) != of_both:
-                continue
-            mark = "^" if " EF" in row["name"] else "o"
-            points[row["name"].replace("+zstd", "")] = size(row) / 1e6, 100 * row["accuracy"]
-            axis.plot(size(row) / 1e6, 100 * row["accuracy"], mark)
-        axis.axhline(100 * rows[0]["accuracy"], color="grey", linewidth=0.5)
-        axis.set(xscale="log", xlabel=f"{title}, MB, ten workers", title=title, ylabel="accuracy, %")
-        axis.margins(x=0.12, y=0.25 if of_both else 0.1)
-        figure.tight_layout()
-        _label(axis, points)
-    figure.savefig(path, dpi=110)
-
-
-def _label(axis: Any, points: Mapping[str, tuple[float, float]]) -> None:
-    """Names beside their points, each where it covers no other one."""
-    taken: list[tuple[float, float, float]] = []
-    for name, point in sorted(points.items(), key=lambda item: item[1]):
-        x, y = axis.transData.transform(point) * 72 / axis.figure.dpi
-        width = 4.2 * len(name)
-        shifts = (sign * 9.0 * step for step in range(1, 40) for sign in (1, -1))
-        shift = next(
-            it
-            for it in shifts
-            if all(abs(y + it - top) >= 8.5 or x + width < left or right < x for left, right, top in taken)
-        )
-        taken.append((x, x + width, y + shift))
-        axis.annotate(
-            name,
-            point,
-            (0, shift - 3),
-            textcoords="offset points",
-            fontsize=7,
-            arrowprops={"arrowstyle": "-", "linewidth": 0.3, "color": "grey"},
-        )
+    """Draw final accuracy over bytes a round."""
+    mb = 1e6
+    draw_encodings(
+        [
+            (
+                row["name"],
+                row["up_per_round"] / mb,
+                (row["up_per_round"] + row["down_per_round"]) / mb,
+                100 * row["accuracy"],
+            )
+            for row in rows
+        ],
+        path,
+    )
 
 
 def main() -> None:

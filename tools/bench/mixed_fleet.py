@@ -34,6 +34,7 @@ from torch.utils.data import Dataset
 from fedgrpc.aggregator.server import Aggregator
 from fedgrpc.aggregator.settings import AggregatorSettings
 from fedgrpc.datasets.partition import parse_partition
+from fedgrpc.plots import TEXT_PT, new_figure, save, styles
 from fedgrpc.rounds.policy import RoundPolicy
 from fedgrpc.storage.run_store import RoundRecord, RunStore
 from fedgrpc.submodels.channels import ChannelMap
@@ -266,25 +267,24 @@ def show(lines: Sequence[Mapping[str, Any]]) -> None:
 
 def plot(lines: Sequence[Mapping[str, Any]], path: Path) -> None:
     """Accuracy by round: mean of the seeds, one panel for each partition and loss."""
-    from matplotlib.figure import Figure
-
     panels: dict[str, dict[str, list[Mapping[str, Any]]]] = {}
     for line in lines:
         title = f"{line['partition']}, label adjustment {line['label_adjustment']:g}"
         panels.setdefault(title, {}).setdefault(line["fleet"], []).append(line)
-    figure = Figure((4.6 * len(panels), 4.0), layout="constrained")
-    axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
-    colours = dict(zip(COMPARED, ("black", "tab:red", "tab:purple", "tab:blue", "tab:green"), strict=True))
+    figure, axes = new_figure(len(panels), 4.6 * len(panels), 4.4, sharey=True)
+    looks = dict(zip(COMPARED, styles(), strict=False))
     for each, (title, fleet_lines) in zip(axes, sorted(panels.items()), strict=True):
         for fleet, some in fleet_lines.items():
             rounds = sorted(map(int, some[0]["accuracy"]))
             means = [statistics.fmean(line["accuracy"][str(number)] for line in some) for number in rounds]
-            each.plot(rounds, means, label=f"{fleet} ({len(some)} seeds)", color=colours.get(fleet))
+            colour, marker = looks[fleet]
+            each.plot(
+                rounds, means, label=f"{fleet} ({len(some)} seeds)", color=colour, marker=marker, markevery=4
+            )
         each.set(title=title, xlabel="round")
-        each.grid(alpha=0.3)
-        each.legend(loc="lower right", fontsize=8)
+        each.legend(loc="lower right", fontsize=TEXT_PT)
     axes[0].set(ylabel="accuracy of the global model, %", ylim=(40, 90))
-    figure.savefig(path, dpi=110)
+    save(figure, path)
 
 
 def _lines(path: Path) -> list[dict[str, Any]]:

@@ -20,6 +20,7 @@ from fedgrpc.datasets.fashion_mnist import load_fashion_mnist
 from fedgrpc.privacy.ledger import ledger_of
 from fedgrpc.privacy.noise import RoundNoise
 from fedgrpc.privacy.policy import PrivacyPolicy
+from tools.pictures import draw_privacy
 
 DEVICES, EACH, COHORT, ROUNDS = 1000, 60, 100, 30
 DELTA, CLIP, STEPS, RATE = 1e-4, 0.5, 3, 1.0
@@ -141,19 +142,11 @@ def main() -> None:
 
 
 def _plot(found: dict[str, list[list[float]]], plain: float, path: Path) -> None:
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
-    for name, values in found.items():
-        mean, spread = np.mean(values, 1), np.std(values, 1)
-        axes.errorbar(EPSILONS, mean, spread, marker="o", markersize=4, capsize=2, label=name)
-    axes.axhline(plain, color="grey", linestyle="--", linewidth=1, label="clipped, without noise")
-    axes.set(xscale="log", xlabel=f"epsilon at delta {DELTA:g}", ylabel="accuracy on held-out images")
-    axes.set_xticks(EPSILONS, [f"{epsilon:g}" for epsilon in EPSILONS])
-    axes.minorticks_off()
-    axes.grid(alpha=0.3)
-    axes.legend(fontsize=8)
-    figure.savefig(path, dpi=130)
+    curves = {
+        name: [(e, float(np.mean(each)), float(np.std(each))) for e, each in zip(EPSILONS, values, strict=True)]
+        for name, values in found.items()
+    }
+    draw_privacy(curves, plain, DELTA, path)
 
 
 if __name__ == "__main__":

@@ -37,6 +37,7 @@ from fedgrpc.aggregator.negotiation import reduced_recipe
 from fedgrpc.codec.layout import Layout, TensorRole, layout_of
 from fedgrpc.codec.payload import write_payload
 from fedgrpc.codec.recipe import Recipe
+from fedgrpc.plots import COLOURS, MARKERS, legend_below, new_figure, save
 from fedgrpc.process import forget_peak_memory, peak_memory_bytes
 from fedgrpc.submodels.channels import ChannelMap
 from fedgrpc.submodels.cost import DeviceLimits, Observation, predict
@@ -286,23 +287,15 @@ def scored(line: Mapping[str, Any]) -> bool:
     return line.get("accuracy") is not None and line["group"] != "emulated" and MODELS[line["model"]][3] > 0
 
 
-# Okabe and Ito's palette, which colour-blind eyes tell apart; with markers of different shapes besides.
-COLOURS = ("#000000", "#E69F00", "#56B4E9", "#009E73", "#0072B2", "#D55E00", "#CC79A7", "#999999")
-MARKERS = "osD^vPX*<>h"
-
-
 def plot(lines: Sequence[Mapping[str, Any]], path: Path) -> None:
     """Draw accuracy against the tensors' bytes, a panel for each model."""
-    import matplotlib as mpl  # the cells are to be without its memory
-
-    mpl.use("Agg")
-    from matplotlib import pyplot, ticker
+    from matplotlib import ticker  # the cells are to be without its memory
 
     lines = [line for line in lines if scored(line)]
     models = list(dict.fromkeys(line["model"] for line in lines))
     groups = list(dict.fromkeys(line["group"] for line in lines))
-    figure, axes = pyplot.subplots(1, len(models), figsize=(5.5 * len(models) + 2.5, 4.6), squeeze=False)
-    for model, panel in zip(models, axes[0], strict=True):
+    figure, panels = new_figure(len(models), 5.5 * len(models), 5.4)
+    for model, panel in zip(models, panels, strict=True):
         for place, group in enumerate(groups):
             mine = [line for line in lines if (line["model"], line["group"]) == (model, group)]
             panel.plot(
@@ -312,7 +305,6 @@ def plot(lines: Sequence[Mapping[str, Any]], path: Path) -> None:
                 marker=MARKERS[place % len(MARKERS)],
                 markersize=8,
                 color=COLOURS[place % len(COLOURS)],
-                label=group,
             )
         panel.set_xscale("log")
         panel.xaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
@@ -320,11 +312,13 @@ def plot(lines: Sequence[Mapping[str, Any]], path: Path) -> None:
         panel.xaxis.set_minor_formatter(ticker.NullFormatter())
         panel.set_title(f"{model}: each point is a technique and a degree")
         panel.set_xlabel("tensors of a training step, MB")
-        panel.grid(alpha=0.3)
-    axes[0][0].set_ylabel("accuracy of the local model, %")
-    axes[0][-1].legend(loc="upper left", bbox_to_anchor=(1.01, 1), frameon=False)
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
+    panels[0].set_ylabel("accuracy of the local model, %")
+    # The first panel has but some of the groups: the legend has all.
+    for place, group in enumerate(groups):
+        look = {"marker": MARKERS[place % len(MARKERS)], "color": COLOURS[place % len(COLOURS)]}
+        panels[0].plot([], [], linestyle="none", label=group, **look)
+    legend_below(figure, panels[0], 7)
+    save(figure, path)
 
 
 def main() -> None:

@@ -12,6 +12,7 @@ from rich.table import Table
 
 from fedgrpc.cli.as_json import plain
 from fedgrpc.cli.demo.processes import Scores
+from fedgrpc.plots import COLOURS, TEXT_PT, new_figure, save
 from fedgrpc.v1.aggregator_pb2 import Run
 from fedgrpc.v1.round_pb2 import Round, RoundPhase, TaskKind, TaskPhase, TaskRecord
 from fedgrpc.v1.tensor_pb2 import Dtype
@@ -218,36 +219,35 @@ _PARTS = (("local_s", "T_local"), ("upload_s", "T_upload"), ("global_s", "T_glob
 
 def plot_rounds(report: DemoReport, path: Path) -> None:
     """Plot scores over the rounds, and the time of each worker by its parts."""
-    import matplotlib as mpl
-
-    mpl.use("Agg")
-    from matplotlib import pyplot as plt
-
-    figure, (scores, times) = plt.subplots(1, 2, figsize=(11, 4.2), constrained_layout=True)
+    figure, (scores, times) = new_figure(2, 11, 4.4)
     numbers = range(1, len(report.scores) + 1)
     scores.plot(numbers, report.scores, marker="o", label="federated")
     pooled = report.pooled_scores
-    scores.plot(range(1, len(pooled) + 1), pooled, linestyle="--", color="gray", label="pooled, same epochs")
+    scores.plot(range(1, len(pooled) + 1), pooled, linestyle="--", color="#555555", label="pooled, same epochs")
     for number, record in enumerate(report.training_rounds, start=1):
         accepted = sum(task.phase == TaskPhase.TASK_PHASE_ACCEPTED for task in record.tasks)
         if accepted < len(record.tasks):
             at = (number, report.scores[number - 1])
+            # To the right of the line's rise, and below it.
             scores.annotate(
-                f"{accepted} of {len(record.tasks)}", at, xytext=(0, -18), textcoords="offset points", ha="center"
+                f"{accepted} of {len(record.tasks)}",
+                at,
+                (8, -14),
+                textcoords="offset points",
+                fontsize=TEXT_PT,
+                arrowprops={"arrowstyle": "-", "linewidth": 0.6, "color": "#555555"},
             )
     scores.set(xlabel="round", ylabel=f"{report.metric} on held-out data", title=report.metric.capitalize())
-    scores.grid(alpha=0.3)
-    scores.legend(loc="best")
+    scores.legend(loc="lower right", frameon=False, fontsize=TEXT_PT)
 
     names = [worker.worker for worker in report.workers]
     left = [0.0] * len(names)
-    for attribute, label in _PARTS:
+    for (attribute, label), colour in zip(_PARTS, COLOURS, strict=False):
         values = [getattr(worker, attribute) for worker in report.workers]
-        times.barh(names, values, left=left, label=label)
+        times.barh(names, values, left=left, label=label, color=colour)
         left = [start + value for start, value in zip(left, values, strict=True)]
     times.invert_yaxis()
     times.set(xlabel="seconds a round, mean", title="Where the time goes")
-    times.grid(alpha=0.3, axis="x")
-    times.legend()
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+    times.grid(visible=False, axis="y")
+    times.legend(loc="upper center", bbox_to_anchor=(0.4, -0.12), ncols=4, frameon=False, fontsize=TEXT_PT)
+    save(figure, path)

@@ -1,26 +1,21 @@
 """Plots of simulations: scores over virtual time and bytes with bands over seeds, and what is worth its bytes.
 
-The rule: colours are those of Okabe and Ito, which colour-blind people tell apart, and each line has a marker of
-its own besides. Nothing here is needed to simulate: matplotlib is imported when a plot is asked for.
+The rule: nothing here is needed to simulate. The look is that of `fedgrpc.plots`.
 """
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import cycle
 from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
 
-from fedgrpc.errors import ExtraMissing, UsageError
+from fedgrpc.plots import check_plot as check_plot
+from fedgrpc.plots import legend_below, new_figure, save, styles
 from fedgrpc.simulation.learning.versions import VersionRow
 
-# Black stands for text, and yellow is too light for a line.
-_COLOURS: Final = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#555555")
-_MARKERS: Final = "osD^vPX*<>"
 # Student's t for a 95 % interval, by the number of seeds.
 _T95: Final = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36, 9: 2.31, 10: 2.26}
 _POINTS: Final = 200
@@ -78,35 +73,13 @@ def pareto_front(points: Sequence[tuple[float, float]]) -> list[int]:
     return front
 
 
-def check_plot(path: Path) -> None:
-    """Raise `UsageError` where a plot could not be written, before hours of simulation."""
-    try:
-        import matplotlib as mpl
-    except ImportError as error:
-        raise ExtraMissing.of("a plot", "demo", error) from error
-    mpl.use("Agg")
-    from matplotlib.backend_bases import FigureCanvasBase
-
-    formats = FigureCanvasBase.get_supported_filetypes()
-    if path.suffix.removeprefix(".").lower() not in formats:
-        raise UsageError(
-            f"cannot write the plot {path}: its name must end in one of .{', .'.join(sorted(formats))}"
-        )
-    if not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
-        raise UsageError(f"cannot write the plot {path}: the folder {path.parent} cannot be written")
-
-
 def plot_curves(curves: Sequence[Curve], path: Path, score: str = "accuracy on held-out data") -> None:
     """Plot scores over virtual time and bytes, and the settings by score and bytes. Raises `UsageError`."""
     check_plot(path)
-    from matplotlib import pyplot as plt
-
-    # Many settings need rows in the legend, and get them: a legend over the lines hides them.
-    columns = min(3, len(curves))
-    rows = -(-len(curves) // columns)
-    figure, axes = plt.subplots(1, 3 if len(curves) > 1 else 2, figsize=(14 if len(curves) > 1 else 9.5, 4.6))
+    several = len(curves) > 1
+    figure, axes = new_figure(3 if several else 2, 14 if several else 9.5, 5.0 if several else 4.4)
     unit, per_hour = _time_unit(curves)
-    for curve, (colour, marker) in zip(curves, _styles(), strict=False):
+    for curve, (colour, marker) in zip(curves, styles(), strict=False):
         _draw(axes[0], curve, lambda row: row.virtual_h * per_hour, colour, marker)
         _draw(axes[1], curve, _bytes, colour, marker)
     # Bands of few seeds may leave the range of any score: what they are around is to be seen.
@@ -121,18 +94,11 @@ def plot_curves(curves: Sequence[Curve], path: Path, score: str = "accuracy on h
         _draw_front(axes[2], curves)
         axes[2].set(xlabel="MB up and down, all devices", ylabel=f"last {score}", title="Worth its bytes")
     for each in axes:
-        each.grid(alpha=0.3)
         each.margins(x=0.03)
-    handles, labels = axes[0].get_legend_handles_labels()
-    if len(curves) > 1:
-        figure.legend(handles, labels, loc="lower center", ncols=columns, frameon=False, fontsize="small")
-    figure.tight_layout(rect=(0, 0.055 * rows + 0.02 if len(curves) > 1 else 0, 1, 1))
-    try:
-        figure.savefig(path, dpi=120)
-    except (OSError, ValueError) as error:
-        raise UsageError(f"cannot write the plot {path}: {error}") from error
-    finally:
-        plt.close(figure)
+    if several:
+        # Many settings need rows in the legend, and get them: a legend over the lines hides them.
+        legend_below(figure, axes[0], min(3, len(curves)))
+    save(figure, path)
 
 
 def _time_unit(curves: Sequence[Curve]) -> tuple[str, float]:
@@ -141,10 +107,6 @@ def _time_unit(curves: Sequence[Curve]) -> tuple[str, float]:
     if hours < 0.1:
         return "seconds", 3600.0
     return ("minutes", 60.0) if hours < 3 else ("hours", 1.0)
-
-
-def _styles() -> Any:
-    return zip(cycle(_COLOURS), cycle(_MARKERS), strict=False)
 
 
 def _bytes(row: VersionRow) -> float:
@@ -166,7 +128,7 @@ def _draw(axes: Any, curve: Curve, cost: Cost, colour: str, marker: str) -> None
 
 def _draw_front(axes: Any, curves: Sequence[Curve]) -> None:
     points: list[tuple[float, float]] = []
-    for curve, (colour, marker) in zip(curves, _styles(), strict=False):
+    for curve, (colour, marker) in zip(curves, styles(), strict=False):
         ends = [(_bytes(run[-1]), _last_score(run)) for run in curve.runs if run]
         known = [(cost, score) for cost, score in ends if score is not None]
         if not known:
