@@ -48,7 +48,7 @@ def number(text: str) -> float:
 
 
 def draw_encodings(points: Sequence[tuple[str, float, float, float]], path: Path) -> Any:
-    """Draw (name, MB up a round, MB both ways, accuracy in percent) by the way that the name says; return the figure."""
+    """Draw (name, MB up a round, MB both ways, accuracy in percent), and return the figure."""
     figure, panels = new_figure(2, 15, 7.5)
     labels: list[dict[str, tuple[float, float]]] = []
     for panel, both_ways in zip(panels, (False, True), strict=True):
