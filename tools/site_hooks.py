@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,22 @@ FILES = "files"
 _LINK = re.compile(r"(!?\[(?:[^\[\]]|\[[^\]]*\]|!\[[^\]]*\]\([^)]*\))*\])\(([^)\s]+)\)")
 _FENCED = re.compile(r"^(```|~~~).*?^\1", re.MULTILINE | re.DOTALL)
 _ELSEWHERE = re.compile(r"^([a-z][a-z0-9+.-]*:|#|/)")
+
+
+def on_config(config: MkDocsConfig) -> MkDocsConfig:
+    """Append to the guides in the navigation those that mkdocs.yml does not name, so that none is out of sight."""
+    named = set(_named(config.nav or []))
+    guides = next(section["How to"] for section in config.nav or [] if "How to" in section)
+    guides += sorted(
+        f"guide/{path.name}" for path in (DOCS / "guide").glob("*.md") if f"guide/{path.name}" not in named
+    )
+    return config
+
+
+def _named(nav: list[Any]) -> Iterator[str]:
+    for entry in nav:
+        for page in entry.values() if isinstance(entry, dict) else [entry]:
+            yield from _named(page) if isinstance(page, list) else [page]
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
