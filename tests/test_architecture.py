@@ -105,9 +105,10 @@ MAY_IMPORT: dict[str, set[str]] = {
     },
     "__main__": {"cli"},
     "cli": {
+        "plots",
         *(*CORE, "trainer", "v1", "protocol", "rpc", "identity", "storage", "process", "logging", "metrics"),
         *("client", "model_client", "aggregator", "worker", "hierarchy", "datasets", "tasks", "torch"),
-        *("simulation", "toml", "words", "web", "gauges", "tracing", "plots"),
+        *("simulation", "toml", "words", "web", "gauges", "tracing"),
     },
 }
 # Where torch may be imported; everything else runs on a machine without it.
