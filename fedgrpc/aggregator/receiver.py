@@ -304,7 +304,9 @@ class Receiver:
         """Count a durable update. Raises `RoundClosed` when it came too late."""
         round_ = self._run.round_of(token)
         worker = round_.worker_of(token)
-        weight = weighing.weight_of(round_.kind, worker, report, round_.state.workers)
+        # Only a leaf's weight depends on who else is here, and to list a thousand workers takes a millisecond.
+        here = round_.state.workers if report.merged_updates else ()
+        weight = weighing.weight_of(round_.kind, worker, report, here)
         self._shell.apply(UpdateAccepted(token, weight, report))
         about = {"round": round_.number, "worker": worker}
         self._log.info("update accepted", **about, examples=report.example_count, bytes=report.upload_bytes)

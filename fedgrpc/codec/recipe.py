@@ -15,6 +15,7 @@ import glob
 import re
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
+from functools import cached_property
 
 from fedgrpc.codec.cast import Cast
 from fedgrpc.codec.encoding import Encoding, parse_encoding
@@ -90,7 +91,7 @@ class Recipe:
         """All encodings that the recipe names."""
         return (self.default, *(encoding for _, encoding in self.overrides))
 
-    @property
+    @cached_property
     def names(self) -> frozenset[str]:
         """Names of the encodings that a reader must know, besides raw."""
         return frozenset(str(encoding).partition(":")[0] for encoding in self.encodings)

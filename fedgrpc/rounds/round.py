@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 from fedgrpc.errors import UnknownTask
 from fedgrpc.rounds.events import AbandonCause, Cancel, Effect, LossCause, TaskPhase
+from fedgrpc.rounds.fields import with_fields
 from fedgrpc.rounds.policy import RoundPolicy, capped, left_after_restart
 from fedgrpc.rounds.task import Task, Tasks
 
@@ -135,7 +136,7 @@ class Round:
 
     def with_tasks(self, changed: Mapping[str, Task]) -> Round:
         """Return this round with some tasks changed or added."""
-        return replace(self, tasks=self.tasks.changed(changed)) if changed else self
+        return with_fields(self, tasks=self.tasks.changed(changed)) if changed else self
 
 
 Step = tuple[Round, tuple[Effect, ...]]
@@ -230,7 +231,7 @@ def wake_at(round_: Round) -> float | None:
         # A time in the past asks for a `Tick` at once.
         times = [round_.opened_at if round_.enough_reason else round_.deadline_at]
     if times:
-        times += (task.lease_until for task in round_.tasks.values() if task.phase.open)
+        times.append(round_.tasks.first_lease_end)
     return min((time for time in times if time is not None), default=None)
 
 

@@ -5,6 +5,7 @@ A final task never changes. An event revives an expired one, unless it shows tha
 
 from __future__ import annotations
 
+import math
 from collections.abc import ItemsView, Iterable, Iterator, Mapping, ValuesView
 from dataclasses import dataclass, field, replace
 from itertools import chain
@@ -12,6 +13,7 @@ from types import MappingProxyType
 
 from fedgrpc.errors import IllegalTransition, RoundClosed
 from fedgrpc.rounds.events import Accepted, LossCause, Progress, Rejected, TaskEvent, TaskPhase
+from fedgrpc.rounds.fields import with_fields
 
 # Why a task is lost whose time runs out in a phase.
 SLOW: Mapping[TaskPhase, LossCause] = MappingProxyType(
@@ -159,7 +161,7 @@ def _progress(task: Task, event: Progress, deadline_at: float | None, lease_s: f
         raise RoundClosed(f"the task is {task.phase.name.lower()}: {task.reason or 'done'}")
     if not event.phase.open:
         raise IllegalTransition(f"{event.phase.name.lower()} is not for a worker to say")
-    after = replace(
+    after = with_fields(
         task,
         phase=event.phase,
         entered=task.entering(event.phase, now),
@@ -190,7 +192,7 @@ def _accepted(task: Task, event: Accepted, now: float) -> Task:
         raise RoundClosed(f"the task is {task.phase.name.lower()}: {task.reason}")
     phase = TaskPhase.ACCEPTED
     entered = task.entering(phase, now)
-    return replace(
+    return with_fields(
         task,
         phase=phase,
         entered=entered,
@@ -205,7 +207,8 @@ class Tasks(Mapping[str, Task]):
     """Tasks by token, in the order of their slots: an immutable mapping that is cheap to change.
 
     A round of a thousand workers sees tens of thousands of events. Tasks lie in chunks, of which a change copies
-    one. Counts of tasks by phase are kept up to date, so that nobody goes through all tasks for them.
+    one. Counts of tasks by phase, and the first end of a lease in each chunk, are kept up to date, so that nobody
+    goes through all tasks for them.
     """
 
     def __init__(self, tasks: Mapping[str, Task] | None = None) -> None:
@@ -214,12 +217,19 @@ class Tasks(Mapping[str, Task]):
         self._slots = {token: slot for slot, token in enumerate(tasks)}
         self._chunks = tuple(ordered[start : start + _CHUNK] for start in range(0, len(ordered), _CHUNK))
         self._counts = _counted({}, ordered, 1)
+        self._first_ends = tuple(map(_first_end, self._chunks))
+
+    @property
+    def first_lease_end(self) -> float | None:
+        """When the first lease of an open task ends; None: no task is open."""
+        first = min(self._first_ends, default=math.inf)
+        return None if first == math.inf else first
 
     def changed(self, changes: Mapping[str, Task]) -> Tasks:
         """Return these tasks with some replaced, or added at the end."""
         if not changes.keys() <= self._slots.keys():
             return Tasks({**self, **changes})
-        chunks = list(self._chunks)
+        chunks, first_ends = list(self._chunks), list(self._first_ends)
         before = []
         # The new tasks share the slots and all other chunks with the old ones.
         for token, task in changes.items():
@@ -227,8 +237,9 @@ class Tasks(Mapping[str, Task]):
             chunk = chunks[number]
             before.append(chunk[place])
             chunks[number] = (*chunk[:place], task, *chunk[place + 1 :])
+            first_ends[number] = _first_end(chunks[number])
         new = Tasks.__new__(Tasks)
-        new._slots, new._chunks = self._slots, tuple(chunks)
+        new._slots, new._chunks, new._first_ends = self._slots, tuple(chunks), tuple(first_ends)
         new._counts = _counted(_counted(self._counts, before, -1), changes.values(), 1)
         return new
 
@@ -261,6 +272,11 @@ class Tasks(Mapping[str, Task]):
 
     def __repr__(self) -> str:
         return f"Tasks({self._as_dict()!r})"
+
+
+def _first_end(tasks: Iterable[Task]) -> float:
+    """Return when the first lease of these tasks that are open ends; infinity: none is open."""
+    return min((task.lease_until for task in tasks if task.phase.open), default=math.inf)
 
 
 def _counted(counts: Mapping[_Key, int], tasks: Iterable[Task], by: int) -> dict[_Key, int]:

@@ -8,6 +8,7 @@ from types import MappingProxyType
 
 from fedgrpc.errors import RoundClosed, WrongIdentity
 from fedgrpc.rounds.events import Cancel, Effect, Event, Failed, LossCause, Rejected, TaskPhase
+from fedgrpc.rounds.fields import with_fields
 from fedgrpc.rounds.policy import Dominance, RoundPolicy, TaskKind, dominant
 from fedgrpc.rounds.round import Round, RoundPhase, Step, follow
 from fedgrpc.rounds.task import Task
@@ -134,7 +135,7 @@ class RoundInProgress:
         A task is closed when it could deliver an update before the event and cannot after it. Raises as `step`.
         """
         state, effects = step(self.state, event, now)
-        after = replace(self, state=state)
+        after = with_fields(self, state=state)
         if isinstance(event, Rejected | Failed):
             touched: Iterable[str] = (event.token,)
         else:
@@ -158,7 +159,7 @@ class RoundInProgress:
     def with_contexts(self, changed: Mapping[str, TaskContext]) -> RoundInProgress:
         """Return this round with some contexts replaced or added."""
         # Plain dictionaries, which are copied several times as fast as views of them.
-        return replace(self, contexts={**self.contexts, **changed})
+        return with_fields(self, contexts={**self.contexts, **changed})
 
     def with_merge(
         self,
