@@ -37,6 +37,7 @@ from tools.bench.load.workers import PATIENCE_S, Seen, Update, Worker
 
 _CONNECTING_AT_ONCE = 50
 _LOOK_S = 0.02
+_SETTLING_S = 10.0
 _MIB = 1 << 20
 
 
@@ -100,6 +101,7 @@ class Row:
     rounds: int
     round_s: float
     rss_idle_mib: float
+    idle_core_busy: float | None
     rss_mib: float
     cpu_ms_per_update: float
     core_busy: float
@@ -144,9 +146,10 @@ async def _measured(
             await asyncio.sleep(0.05)
         return int(now)
 
-    async with asyncio.timeout(PATIENCE_S):
+    async with asyncio.timeout(options.patience_s):
         while seen.connected < options.workers - options.probes:  # noqa: ASYNC110
             await asyncio.sleep(0.2)
+    idle_busy = await _idle(stub, aggregator, options.idle_s) if options.idle_s else None
     idle_bytes = aggregator.rss_bytes
     first = await until_version(await until_version(1) + 2)
     seen.measuring = True
@@ -164,6 +167,7 @@ async def _measured(
         rounds=last - first,
         round_s=took_s / (last - first),
         rss_idle_mib=idle_bytes / _MIB,
+        idle_core_busy=idle_busy,
         rss_mib=aggregator.largest_rss_bytes() / _MIB,
         cpu_ms_per_update=1e3 * cpu_s / ((last - first) * aim),
         core_busy=cpu_s / took_s,
@@ -174,6 +178,18 @@ async def _measured(
         handed_out_p99_s=float(np.median(spreads)),
         failures=dict(seen.failures),
     )
+
+
+async def _idle(stub: Any, aggregator: Aggregator, seconds: float) -> float:
+    """Let everybody wait for a paused run; the share of a core that the aggregator takes meanwhile."""
+    await stub.PauseRun(pb.PauseRunRequest())
+    # What the round in progress still has to do is not idle.
+    await asyncio.sleep(_SETTLING_S)
+    cpu_s, begun = aggregator.cpu_s, time.monotonic()
+    await asyncio.sleep(seconds)
+    busy = (aggregator.cpu_s - cpu_s) / (time.monotonic() - begun)
+    await stub.ResumeRun(pb.ResumeRunRequest())
+    return busy
 
 
 def show(rows: list[Row], options: argparse.Namespace, update_bytes: int) -> None:
@@ -188,6 +204,8 @@ def show(rows: list[Row], options: argparse.Namespace, update_bytes: int) -> Non
             f"   {row.poll_p50_ms:8.1f}  {row.poll_p99_ms:8.1f}"
             f"  {row.generator_late_p99_ms:21.1f}"
         )
+        if row.idle_core_busy is not None:
+            print(f"         idle: {row.idle_core_busy:.1%} of a core")
         for failure, count in row.failures.items():
             print(f"         {count} x {failure}")
     few, many = min(rows, key=lambda r: r.updates_a_round), max(rows, key=lambda r: r.updates_a_round)
@@ -216,6 +234,8 @@ def main() -> int:
     parser.add_argument("--parameters", type=int, default=250_000, help="of the model (default: %(default)s)")
     parser.add_argument("--encoding", default="int8+zstd", help="both ways (default: %(default)s)")
     parser.add_argument("--train-s", type=float, default=2.0, help="longest training time (default: %(default)s)")
+    parser.add_argument("--idle-s", type=float, default=0.0, help="measure so long a paused run first")
+    parser.add_argument("--patience-s", type=float, default=PATIENCE_S, help="for all workers to connect")
     parser.add_argument("--deaf", action="store_true", help="workers do not heed when they are told to come back")
     parser.add_argument(
         "--unary", action="store_true", help="a call for each poll, in place of one that stays open"
