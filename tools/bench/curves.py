@@ -76,7 +76,7 @@ def draw(curve: str, rows: Rows, path: Path) -> None:
         axes.plot([row[field] for row in rows], [row[name] for row in rows], "o-", color="#2a6f97", markersize=4)
         axes.set_title(title, fontsize=9)
         axes.set_xlabel(axis, fontsize=9)
-        axes.set_ylim(bottom=0)
+        axes.set_ylim(0, 1.1 * max(row[name] for row in rows))
         if curve != "rounds":
             axes.set_xscale("log")
         axes.grid(alpha=0.3)

@@ -146,6 +146,8 @@ async def _measured(
             await asyncio.sleep(0.05)
         return int(now)
 
+    if options.idle_s:
+        await stub.PauseRun(pb.PauseRunRequest())
     async with asyncio.timeout(options.patience_s):
         while seen.connected < options.workers - options.probes:  # noqa: ASYNC110
             await asyncio.sleep(0.2)
@@ -182,8 +184,7 @@ async def _measured(
 
 async def _idle(stub: Any, aggregator: Aggregator, seconds: float) -> float:
     """Let everybody wait for a paused run; the share of a core that the aggregator takes meanwhile."""
-    await stub.PauseRun(pb.PauseRunRequest())
-    # What the round in progress still has to do is not idle.
+    # What the last registrations bring is not idle.
     await asyncio.sleep(_SETTLING_S)
     cpu_s, begun = aggregator.cpu_s, time.monotonic()
     await asyncio.sleep(seconds)
