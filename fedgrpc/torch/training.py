@@ -337,7 +337,7 @@ def scores_of(task: LearningTask, model: nn.Module, forward: Forward, held_out: 
             value = torch.as_tensor(mean)
             sums[name] = sums.get(name, torch.zeros((), device=value.device)) + value * examples
         seen += examples
-    scored = {name: float(total) / seen for name, total in sums.items()}
+    scored = {name: float(total) / max(1, seen) for name, total in sums.items()}
     if own:
         scored |= task.scoring_end(model)
     return scored if whole is None else {**scored, **task.score(*whole.joined())}
