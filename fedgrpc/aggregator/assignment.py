@@ -70,12 +70,17 @@ class TaskAssigner:
             coordinator.apply(selected)
             return
         contexts, failed = await self._prepare(run.current, selected)
+        secure = await coordinator.secure_sums.open(run.current, selected)
+        if secure is not None:
+            # They have registered anew since they were chosen.
+            lacking = (token for token, name in selected.tasks if name not in secure.state.keys)
+            failed |= dict.fromkeys(lacking, "it has no one-time keys for the secure sum")
         if not run.current.open:
             # It was ended, by an operator or the deadline, while the models were encoded.
             coordinator.apply(selected)
             return
         workers = [worker for _, worker in selected.tasks]
-        await coordinator.apply_after(TasksGiven(selected, contexts), partial(self._store, workers))
+        await coordinator.apply_after(TasksGiven(selected, contexts, secure), partial(self._store, workers))
         self._tell(run.current.state, selected)
         for token, reason in failed.items():
             if run.wants(token):
@@ -109,6 +114,8 @@ class TaskAssigner:
     async def _store(self, chosen: list[str], after: RunMachine) -> None:
         """Keep the round with its new tasks, and that these workers were chosen."""
         coordinator, round_, now = self._coordinator, after.current, self._coordinator.clock()
+        # First: an open round of a run with secure sums has its own.
+        await coordinator.secure_sums.store(round_)
         state = round_.state
         assert state.deadline_at is not None
         wall_deadline = time.time() + state.deadline_at - now
@@ -153,7 +160,8 @@ class TaskAssigner:
     def _agree(self, round_: RoundInProgress, context: TaskContext, name: str) -> TaskContext:
         """Settle in which recipes a worker pulls and pushes, for as long as it has this task."""
         agreed = self._negotiation.agreed(self._fleet.get(name), self._workers.history(name))
-        if round_.kind is TaskKind.INITIALIZE:
+        masked = self._settings.secure.on and round_.kind is TaskKind.TRAIN
+        if round_.kind is TaskKind.INITIALIZE or masked:
             agreed = replace(agreed, upload=RAW)
         down, up = str(agreed.downlink.whole), str(agreed.upload)
         self._log.debug("recipes agreed", round=round_.number, worker=name, down=down, up=up)

@@ -180,6 +180,14 @@ class ModelCommit:
 
     def _means(self, indices: Sequence[int], load: Load) -> dict[int, CoordinateMean | Combined]:
         """Return the means of the tensors with these numbers, or what a rule makes of those that are trained."""
+        if self.merge.means is not None:
+            # Of what is not trained, constants alone, a secure sum says nothing.
+            known = self.merge.means
+            summed = {index: self.base.layout[index] for index in indices}
+            return {
+                index: Combined(known[spec.name] if spec.name in known else np.full(spec.shape, np.nan))
+                for index, spec in summed.items()
+            }
         ruled = [index for index in indices if self.merge.combine and self.base.layout[index].is_trained]
         found: dict[int, CoordinateMean | Combined] = {
             index: combined(self.base.layout[index], self.merge, load) for index in ruled

@@ -31,6 +31,7 @@ from fedgrpc.aggregator.private_releases import PrivateReleases
 from fedgrpc.aggregator.registry import Worker, WorkerRegistry
 from fedgrpc.aggregator.round_records import RecordedRounds, VersionScores
 from fedgrpc.aggregator.run_shell import RunShell
+from fedgrpc.aggregator.secure_sums import SecureSums
 from fedgrpc.aggregator.settings import AggregatorSettings, settings_text
 from fedgrpc.aggregator.task_terms import TaskTerms
 from fedgrpc.aggregator.update_checks import ExpectedUpdate
@@ -126,6 +127,7 @@ class Coordinator(RunShell):
         self.records = RecordedRounds(store, self.in_database, self.workers, self.tracking)
         self.scores = VersionScores(self, self.records, settings, metrics)
         self.releases = PrivateReleases(self, settings)
+        self.secure_sums = SecureSums(self, settings, models)
         self.data_folder = DataFolder(self._log, self.changes.notify)
         self.stopping = False
         # The fleet as this run may use it: all of it, unless other runs share it.
@@ -179,6 +181,7 @@ class Coordinator(RunShell):
             settings.admission,
             settings.max_model_bytes,
             self.weighing,
+            self.secure_sums.expected_words(round_, worker),
         )
 
     # Tasks and workers.
@@ -320,4 +323,5 @@ def _rules(settings: AggregatorSettings, initialises: Callable[[str], bool]) -> 
         measures=() if target is None else (Measure(target.name, target.at_least),),
         evaluators_named=settings.evaluators_named,
         initialises=initialises,
+        secure=settings.secure.on,
     )

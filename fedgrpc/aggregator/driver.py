@@ -37,9 +37,10 @@ from fedgrpc.errors import (
     UnusableUpdate,
     UpdateRefused,
 )
+from fedgrpc.privacy.secure_round import Ask, TellRoster
 from fedgrpc.rounds.events import AbandonCause, Abort, Commit, Finished, Rejected, Select, Tick
 from fedgrpc.rounds.policy import TaskKind
-from fedgrpc.rounds.round import RoundPhase, wake_at, wants_workers
+from fedgrpc.rounds.round import RoundPhase, wants_workers
 from fedgrpc.rounds.version import Jump, Version
 from fedgrpc.rpc.retry import Backoff, Retries
 from fedgrpc.runs.events import Drop, RoundEnded, RoundOpened, RunPhase, UpdatesMerged, VersionsPruned
@@ -220,6 +221,8 @@ class Driver:
                     await self._upkeep.until_stored(partial(self._assigner.select, effect))
                 elif isinstance(effect, Commit):
                     await self._upkeep.until_stored(partial(self._commit, effect))
+                elif isinstance(effect, TellRoster | Ask):
+                    await self._upkeep.until_stored(coordinator.secure_sums.store)
                 elif isinstance(effect, Finished):
                     await self._upkeep.until_stored(partial(self._finish, effect))
                     return
@@ -234,10 +237,10 @@ class Driver:
                 coordinator.apply(coordinator.workers_available())
             if coordinator.effects:
                 continue
-            due = wake_at(run.current.state)
+            due = run.wake_at
             rest_s = _REST * (coordinator.clock() - looked_at)
             await self._upkeep.until(due, clear=False)
-            due = wake_at(run.current.state)
+            due = run.wake_at
             if due is not None and coordinator.clock() >= due:
                 coordinator.apply(Tick())
             if not coordinator.effects:
@@ -256,7 +259,11 @@ class Driver:
             merged = UpdatesMerged(version, layout, merge, time.monotonic() - begun)
             await self._coordinator.apply_after(merged, partial(self._store_end, version=version))
         except UnusableUpdate as error:
-            self._leave_out(error)
+            if round_.secure is not None:
+                # The masks of all others count on it.
+                self._coordinator.apply(Abort(str(error), AbandonCause.UNUSABLE))
+            else:
+                self._leave_out(error)
         except (CodecError, UpdateRefused) as error:
             self._coordinator.apply(Abort(str(error), AbandonCause.UNUSABLE))
 

@@ -27,6 +27,7 @@ from fedgrpc.errors import Exhausted, LayoutError, NotFound, UsageError
 from fedgrpc.protocol.devices import bounded_registration
 from fedgrpc.protocol.durations import duration_from_proto, duration_to_proto
 from fedgrpc.protocol.facts import bounded_conditions
+from fedgrpc.protocol.secure import keys_from_proto
 from fedgrpc.rpc.admission import caller, note
 from fedgrpc.rpc.identity import Session, is_on_this_machine, peer_of
 from fedgrpc.runs.events import DeviceReplaced
@@ -142,6 +143,8 @@ class HostService(aggregator_pb2_grpc.AggregatorServicer):
         run, token = found
         if not token:
             return pb.PollTaskResponse(introduce=run.terms())
+        if (question := run.coordinator.secure_sums.question(worker.name, token)) is not None:
+            return pb.PollTaskResponse(question=question)
         task = run.coordinator.terms.message(worker.name, token)
         if worker.registration.many_runs and not run.is_own:
             task.terms.CopyFrom(run.terms())
@@ -167,7 +170,8 @@ class HostService(aggregator_pb2_grpc.AggregatorServicer):
                 continue
             version = (told.held_version, checked_digest(told.held_digest)) if told.held_version else None
             new = claims.EXAMPLES.clamped(told.new_examples) if told.HasField("new_examples") else None
-            run.service.calls.hear_poll(worker.name, version, new)
+            keys = keys_from_proto(told.one_time_keys) if told.HasField("one_time_keys") else None
+            run.service.calls.hear_poll(worker.name, version, new, keys)
 
     def _told_of(
         self, worker: Worker, request: pb.PollTaskRequest
@@ -182,6 +186,10 @@ class HostService(aggregator_pb2_grpc.AggregatorServicer):
     def _work_for(self, worker: Worker) -> Found | None:
         """Return a task of the worker, or a run that it is to get ready for (with an empty token)."""
         serving = self._runs.serving(worker)
+        for run in serving:
+            # First: others wait for the answer, and it takes no time.
+            if token := run.coordinator.secure_sums.question_for(worker.name):
+                return run, token
         for run in serving:
             if token := run.service.calls.token_for(worker):
                 return run, token
@@ -217,6 +225,9 @@ class HostService(aggregator_pb2_grpc.AggregatorServicer):
 
     async def QueryPush(self, request: pb.QueryPushRequest, context: Context) -> pb.QueryPushResponse:
         return await self._of_task("QueryPush", request, context)  # type: ignore[no-any-return]
+
+    async def ExchangeParts(self, request: pb.ExchangePartsRequest, context: Context) -> pb.ExchangePartsResponse:
+        return await self._of_task("ExchangeParts", request, context)  # type: ignore[no-any-return]
 
     async def ReportFailure(self, request: pb.ReportFailureRequest, context: Context) -> pb.ReportFailureResponse:
         return await self._of_task("ReportFailure", request, context)  # type: ignore[no-any-return]

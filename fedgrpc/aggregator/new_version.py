@@ -22,6 +22,8 @@ from fedgrpc.aggregator.local_models import LocalModels
 from fedgrpc.aggregator.model_store import ModelStore
 from fedgrpc.aggregator.private_releases import complaint
 from fedgrpc.aggregator.robust_merge import judged
+from fedgrpc.aggregator.secure_sums import BOUNDS, bounds_text, unmasked_sum
+from fedgrpc.aggregator.secure_sums import complaint as secure_complaint
 from fedgrpc.aggregator.settings import AggregatorSettings
 from fedgrpc.aggregator.update_checks import norm_of
 from fedgrpc.algorithms.registry import algorithm_of
@@ -70,11 +72,17 @@ class AcceptedUpdates:
         """Return what a commit of these updates averages. Raises as `Weighing.merge`, and as reading them does."""
         sub_models: Mapping[str, KeptChannels | None] = {}
         norms: Mapping[str, float] = {}
+        if round_.secure is not None:
+            # Devices have clipped and weighed their updates themselves.
+            weighing = replace(weighing, clip_norm=None, max_examples=None)
         if round_.kind is TaskKind.TRAIN:
             sub_models = self._sub_models(round_, tokens)
             if weighing.needs_norms:
                 norms = await asyncio.to_thread(self._norms, tokens, sub_models, layout)
         merge = weighing.merge(round_, tokens, sub_models, norms)
+        if round_.secure is not None:
+            total = await asyncio.to_thread(unmasked_sum, round_.secure, tokens, self.load)
+            return replace(merge, means=await asyncio.to_thread(round_.secure.vector.means, total))
         if round_.kind is not TaskKind.TRAIN or self._aggregation is None:
             return merge
         return await asyncio.to_thread(judged, self._aggregation, merge, self.load, layout)
@@ -159,6 +167,9 @@ class NewVersion:
         number = round_.base_version + 1
         # Scores of the version before. Computed again, they are equal, and so is the file.
         about = about_version(self._settings.run_name, round_.number, number, merge.scores.metrics)
+        if merge.means is not None:
+            assert self._settings.clip_norm is not None
+            about[BOUNDS] = bounds_text(merge.means, self._settings.clip_norm)
         if round_.kind is TaskKind.INITIALIZE:
             return await self._begin(round_, next(iter(merge.weights)), about)
         files = ModelCommit(
@@ -202,6 +213,8 @@ class NewVersion:
         model = self._models.open(number)
         if self._settings.privacy.on and (unbounded := complaint(model.layout)):
             raise UpdateRefused(unbounded)
+        if self._settings.secure.on and (seen := secure_complaint(model.layout)):
+            raise UpdateRefused(seen)
         norm, first = await asyncio.to_thread(model.norm), await asyncio.to_thread(model.content_digest)
         return Version(number, round_.number, digest, 0, norm, first_model=first)
 

@@ -31,6 +31,7 @@ from fedgrpc.runs.events import (
 )
 from fedgrpc.runs.merge import Weighing
 from fedgrpc.runs.round_in_progress import RoundInProgress
+from fedgrpc.runs.secure_sum import SecureSum
 from fedgrpc.runs.task_context import LocalTask, Report, TaskContext
 from fedgrpc.storage.task_rows import StoredRound, TaskRow
 from fedgrpc.storage.uploads import UploadJournal
@@ -53,7 +54,10 @@ class RecoveredRounds:
         settings: AggregatorSettings,
         weighing: Callable[[], Weighing],
         prepare: Prepare,
+        secure: Callable[[RoundInProgress], Awaitable[SecureSum | None]],
     ) -> None:
+        """`secure` gives the secure sum of a round, where it has one."""
+        self._secure = secure
         self._shell = shell
         self._run = shell.machine
         self._journal = journal
@@ -81,6 +85,7 @@ class RecoveredRounds:
         round_ = RoundInProgress(state, kind, record.base_version, started_at, contexts, earlier_s=earlier_s)
         at_work = {token: task.worker for token, task in state.tasks.items() if not task.carried}
         round_ = round_.with_contexts(await self._prepare(round_, at_work))
+        round_ = replace(round_, secure=await self._secure(round_))
         shell.apply(RoundOpened(round_))
         await self._keep_deadline(round_, granted_s)
         log.info(

@@ -14,7 +14,7 @@ from itertools import chain
 import numpy as np
 import structlog
 
-from fedgrpc.aggregator import private_releases
+from fedgrpc.aggregator import private_releases, secure_sums
 from fedgrpc.aggregator.assignment import TaskAssigner
 from fedgrpc.aggregator.coordinator import Coordinator
 from fedgrpc.aggregator.first_model import complaint
@@ -26,6 +26,7 @@ from fedgrpc.algorithms.registry import algorithm_of
 from fedgrpc.codec.layout import Layout
 from fedgrpc.codec.raw import as_bool
 from fedgrpc.errors import StorageError, UsageError
+from fedgrpc.rounds.policy import TaskKind
 from fedgrpc.rounds.version import Version
 from fedgrpc.rpc.identity import Session
 from fedgrpc.runs.events import (
@@ -65,6 +66,7 @@ class Recovery:
             coordinator.settings,
             lambda: coordinator.weighing,
             assigner.prepare_again,
+            coordinator.secure_sums.recovered,
         )
 
     async def recover(self) -> None:
@@ -92,6 +94,13 @@ class Recovery:
         open_round = await coordinator.in_database(store.open_round)
         if open_round is not None and open_round.record.kind == TASK_KIND_INITIALIZE and run.began:
             await self._close(open_round.record, "the first model came from a file")
+            open_round = None
+        if open_round is not None and not await coordinator.secure_sums.fits(
+            open_round.record.number, TaskKind(open_round.record.kind)
+        ):
+            reason = "secure_aggregation has changed, and updates of this round are of the other form"
+            await self._close(open_round.record, reason)
+            coordinator.apply(RoundsRestored(max(run.last_number, open_round.record.number)))
             open_round = None
         if open_round is not None:
             await self._rounds.reopen(open_round)
@@ -172,6 +181,8 @@ class Recovery:
             await self._import(ModelFile.open(self._settings.initial_model))
         if self._settings.privacy.on and (unbounded := private_releases.complaint(self._run.layout)):
             raise UsageError(unbounded)
+        if self._settings.secure.on and (seen := secure_sums.complaint(self._run.layout)):
+            raise UsageError(seen)
 
     async def _recall_costs(self) -> None:
         """Read what plans are predicted from in the records of past rounds: it stands nowhere else."""

@@ -19,6 +19,7 @@ from fedgrpc import claims
 from fedgrpc.aggregator.registry import WorkerRegistry
 from fedgrpc.aio import Changes
 from fedgrpc.errors import UnknownTask
+from fedgrpc.privacy.secure_round import Ask, TellRoster
 from fedgrpc.rounds.events import (
     Cancel,
     CarryOver,
@@ -57,7 +58,7 @@ class RunShell:
         self.fleet = fleet
         self.store = store
         self.clock = clock
-        self.effects: deque[Select | Commit | Finished | Drop] = deque()
+        self.effects: deque[Select | Commit | Finished | Drop | TellRoster | Ask] = deque()
         self.wake = asyncio.Event()
         self.changes = Changes()
         self._task_closed: list[Callable[[str, str], None]] = []
@@ -109,7 +110,7 @@ class RunShell:
                 self._log_task("task lost", token)
             case CarryOver(token):
                 self._log_task("task carried over", token)
-            case Select() | Commit() | Finished() | Drop():
+            case Select() | Commit() | Finished() | Drop() | TellRoster() | Ask():
                 self.effects.append(effect)
 
     def _log_task(self, event: str, token: str) -> None:

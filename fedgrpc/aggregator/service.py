@@ -35,6 +35,7 @@ from fedgrpc.codec.digest import DIGEST_BYTES
 from fedgrpc.errors import FedgrpcError, LayoutError, NotFound, WrongOffset
 from fedgrpc.protocol.descriptions import description_from_proto
 from fedgrpc.protocol.durations import duration_from_proto, duration_to_proto
+from fedgrpc.protocol.secure import keys_from_proto
 from fedgrpc.protocol.tensors import chunk_from_proto, chunk_to_proto
 from fedgrpc.rounds.events import TaskPhase
 from fedgrpc.rpc.admission import caller, quota_key
@@ -123,9 +124,12 @@ class AggregatorService(aggregator_pb2_grpc.AggregatorServicer):
         self._check_caller(context, request.worker)
         held = (request.held_version, checked_digest(request.held_digest)) if request.held_version else None
         new = claims.EXAMPLES.clamped(request.new_examples) if request.HasField("new_examples") else None
-        token = await self.calls.poll(request.worker, duration_from_proto(request.wait), held, new)
+        keys = keys_from_proto(request.one_time_keys) if request.HasField("one_time_keys") else None
+        token = await self.calls.poll(request.worker, duration_from_proto(request.wait), held, new, keys)
         if token is None:
             return pb.PollTaskResponse(run_ended=self._run.ended)
+        if (question := self._coordinator.secure_sums.question(request.worker, token)) is not None:
+            return pb.PollTaskResponse(question=question)
         task = self._terms.message(request.worker, token)
         return pb.PollTaskResponse(
             task=task, model=await self.model_along(request.worker, token, held, request.model_bytes)
@@ -224,6 +228,13 @@ class AggregatorService(aggregator_pb2_grpc.AggregatorServicer):
         if held.retry_after_s:
             response.retry_after.CopyFrom(duration_to_proto(held.retry_after_s))
         return response
+
+    async def ExchangeParts(
+        self, request: pb.ExchangePartsRequest, context: grpc.aio.ServicerContext
+    ) -> pb.ExchangePartsResponse:
+        self._check_caller(context, request.worker)
+        self._fleet.get(request.worker).heard(self._coordinator.clock())
+        return await self._coordinator.secure_sums.exchange(request)
 
     async def ReportFailure(
         self, request: pb.ReportFailureRequest, context: grpc.aio.ServicerContext

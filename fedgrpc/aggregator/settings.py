@@ -25,7 +25,9 @@ from fedgrpc.claims import WEIGHT
 from fedgrpc.codec.manifest import Limits
 from fedgrpc.errors import UsageError
 from fedgrpc.identity.members import MAX_LIFE_S, MIN_LIFE_S, Lives
+from fedgrpc.privacy.neighbours import degree_of, threshold_of
 from fedgrpc.privacy.policy import PrivacyPolicy
+from fedgrpc.privacy.secure_policy import LEAST_DEVICES, SecurePolicy
 from fedgrpc.rounds.policy import RoundPolicy
 from fedgrpc.rounds.selection import SelectionPolicy
 from fedgrpc.rpc.address import Address
@@ -49,7 +51,7 @@ _LONGEST_NAME = 200
 _FIXED: Final = ("model",)
 ALGORITHM: Final = "plan.algorithm"
 OPTIMIZER: Final = "server_optimizer"
-_PARTS: Final = ("policy", "choosing", "plan", "target", "privacy")
+_PARTS: Final = ("policy", "choosing", "plan", "target", "privacy", "secure")
 
 
 @dataclass(frozen=True)
@@ -96,6 +98,7 @@ class AggregatorSettings:
     policy: RoundPolicy = field(default_factory=RoundPolicy)
     choosing: SelectionPolicy = field(default_factory=SelectionPolicy)
     privacy: PrivacyPolicy = field(default_factory=PrivacyPolicy)
+    secure: SecurePolicy = field(default_factory=SecurePolicy)
     plan: TrainingPlan = field(default_factory=TrainingPlan)
     local_models: PlanTable = field(default_factory=PlanTable)
     initial_model: Path | None = None
@@ -178,6 +181,7 @@ class AggregatorSettings:
         self._check_scales()
         self._check_aggregation()
         self._check_privacy()
+        self._check_secure()
         self.negotiation()
         try:
             parse_requires(self.requires)
@@ -244,8 +248,8 @@ class AggregatorSettings:
         if not privacy.on:
             if policy.poisson_rate is not None:
                 raise UsageError("poisson_rate goes with privacy")
-            if privacy.min_separation != 1 or not privacy.metrics:
-                raise UsageError("min_separation and no metrics go with privacy")
+            if privacy.min_separation != 1 or not (privacy.metrics or self.secure.on):
+                raise UsageError("min_separation goes with privacy, no metrics with that or secure_aggregation")
             return
         plans = self.local_models.plans
         refused = {
@@ -282,6 +286,46 @@ class AggregatorSettings:
         if not counts_differences_alone(self.plan):
             raise UsageError(
                 f"algorithm {self.plan.algorithm} goes without privacy: its mean is not of differences alone"
+            )
+
+    def _check_secure(self) -> None:
+        """Refuse each setting that looks at single updates, or by which they differ in more than their values."""
+        if not self.secure.on:
+            return
+        policy, privacy, quorum = self.policy, self.privacy, self.policy.quorum
+        refused = {
+            "needs clip_norm, from which the first bounds of values follow": self.clip_norm is None,
+            f"needs quorum = {LEAST_DEVICES} or more: of two updates, the sum tells each device the other's": (
+                quorum < LEAST_DEVICES
+            ),
+            "needs a larger quorum: one that the threshold for secure_colluding leaves able to answer": (
+                threshold_of(degree_of(max(2, quorum)), self.secure.secure_colluding) > degree_of(max(2, quorum))
+            ),
+            "goes without late = 'carry': masks cancel within one round": policy.late == "carry",
+            "goes without privacy: rounding and what devices leave out are not accounted": privacy.on,
+            "goes without aggregation: rules look at single updates": aggregation_of(self.aggregation) is not None,
+            "goes without clip_quantile, which looks at single updates": self.clip_quantile is not None,
+            "goes without max_update_norm: devices clip to clip_norm, and no single update is seen": (
+                self.max_update_norm is not None
+            ),
+            "goes without weight: a device puts its own weight into the sum": bool(self.worker_weights),
+            "goes without max_share: weights are not seen": policy.max_share is not None,
+            "goes without weight_aim: weights are not seen": policy.weight_aim is not None,
+            "goes without leaf: the sum is of devices, and a leaf sends a mean": bool(self.leaves),
+            "goes without local_models: all devices add the same vector": self.local_models != PlanTable(),
+            "with max_examples needs secure_weight_bits, and the other way round": (
+                (self.max_examples is None) != (self.secure.secure_weight_bits == 0)
+            ),
+            "with no metrics goes with no evaluate, and without target_metric and patience": not privacy.metrics
+            and (self.evaluate or self.target is not None or self.patience is not None),
+        }
+        for message, holds in refused.items():
+            if holds:
+                raise UsageError(f"secure_aggregation {message}")
+        if not counts_differences_alone(self.plan):
+            raise UsageError(
+                f"algorithm {self.plan.algorithm} goes without secure_aggregation: its mean is not of differences "
+                "alone"
             )
 
     def _check_times(self) -> None:

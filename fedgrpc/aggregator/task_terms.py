@@ -19,6 +19,7 @@ from fedgrpc.aggregator.negotiation import Negotiation, link_of
 from fedgrpc.aggregator.registry import WorkerRegistry
 from fedgrpc.aggregator.settings import AggregatorSettings
 from fedgrpc.protocol.plans import training_plan_from_proto
+from fedgrpc.protocol.secure import secure_task_to_proto
 from fedgrpc.protocol.tasks import Task, task_to_proto
 from fedgrpc.rounds.policy import TaskKind
 from fedgrpc.runs.machine import RunMachine
@@ -97,7 +98,8 @@ class TaskTerms:
     ) -> None:
         self.instructions = TrainingInstructions.from_settings(settings)
         self._run_name = settings.run_name
-        self._privacy, self._clip_norm = settings.privacy, settings.clip_norm
+        self._privacy = settings.privacy
+        self._clip_norm = settings.clip_norm if settings.privacy.on or settings.secure.on else None
         self._run = run
         self._fleet = fleet
         self._workers = workers
@@ -141,7 +143,7 @@ class TaskTerms:
             evaluate=instructions.evaluate,
             local_model=context.local.plan,
             sub_model=context.local.sub_model,
-            clip_norm=self._clip_norm if self._privacy.on else None,
+            clip_norm=self._clip_norm,
             metrics=self._privacy.metrics,
         )
         if evaluation is None:
@@ -153,6 +155,8 @@ class TaskTerms:
                 deadline_s=round_.state.deadline_at,
             )
         message = task_to_proto(task, self._clock())
+        if evaluation is None and round_ is not None and round_.secure is not None:
+            message.secure.CopyFrom(secure_task_to_proto(round_.secure, worker))
         if self._fleet.get(worker).leads:
             models = self._local_models
             message.leaf.CopyFrom(instructions.for_leaf(models.to_proto(), models.channels))

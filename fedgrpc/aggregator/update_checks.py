@@ -25,7 +25,10 @@ from fedgrpc.aggregator.first_model import complaint
 from fedgrpc.codec.layout import Layout
 from fedgrpc.codec.manifest import Limits, Manifest
 from fedgrpc.codec.payload import EARLY_CUT_BYTES
+from fedgrpc.codec.raw import Raw
 from fedgrpc.errors import UpdateRefused
+from fedgrpc.privacy.masks import packed_bytes
+from fedgrpc.protocol.secure import MASKED
 from fedgrpc.protocol.tensors import layout_to_proto, manifest_from_proto
 from fedgrpc.protocol.updates import report_from_proto
 from fedgrpc.rounds.policy import TaskKind
@@ -51,11 +54,32 @@ Values = Iterator[tuple[TensorLike, np.ndarray]]
 
 
 @dataclass(frozen=True)
+class MaskedWords:
+    """The words of a masked update: how many, and of how many bits."""
+
+    count: int
+    bits: int
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes that they take."""
+        return packed_bytes(self.count, self.bits)
+
+    def check(self, stored: StoredUpdate) -> None:
+        """Raise `UpdateRefused` unless there are zeros behind the last word: the whole sum would be lost."""
+        with stored.open() as reader:
+            last = int(reader.tensor(MASKED)[-1])
+        if self.count * self.bits % 8 and last >> (self.count * self.bits % 8):
+            raise UpdateRefused("there are bits behind the last word of this masked update")
+
+
+@dataclass(frozen=True)
 class ExpectedUpdate:
     """Demands of a task on its update.
 
     `layout` is that of the model. `local` and `kept` say what the worker was given; `kept` None: all channels.
-    `leads`: the worker is an aggregator, which may send a mean.
+    `leads`: the worker is an aggregator, which may send a mean. `masked`: its words, where it goes into a
+    secure sum; None: it travels as it is.
     """
 
     kind: TaskKind
@@ -67,6 +91,7 @@ class ExpectedUpdate:
     admission: AdmissionPolicy
     max_model_bytes: int
     weighing: Weighing
+    masked: MaskedWords | None = None
 
 
 def examine(header: UpdateHeader, expected: ExpectedUpdate) -> tuple[Manifest, Report]:
@@ -86,6 +111,8 @@ def examine(header: UpdateHeader, expected: ExpectedUpdate) -> tuple[Manifest, R
     elif expected.kind is TaskKind.INITIALIZE:
         header.example_count = header.example_count or 1
         _check_initial(manifest, expected.max_model_bytes)
+    elif expected.masked is not None:
+        _check_masked(header, manifest, expected.masked.size_bytes)
     elif header.merged_updates:
         check_partial_aggregate(expected.layout, manifest.layout)
     elif expected.local.plain:
@@ -102,6 +129,10 @@ def verify(stored: StoredUpdate, expected: ExpectedUpdate) -> None:
     """Check the tensors of an update whose bytes are all here. Raises `CodecError` and `UpdateRefused`."""
     if expected.kind is TaskKind.EVALUATE:
         return
+    if expected.masked is not None:
+        # Masked values look like any others: devices check theirs, and the sum is checked.
+        expected.masked.check(stored)
+        return
     file, policy, layout = stored.open(), expected.admission, expected.layout
     variances = tuple(spec for spec in layout or stored.manifest.layout if spec.is_variance)
     with file as reader:
@@ -115,6 +146,17 @@ def verify(stored: StoredUpdate, expected: ExpectedUpdate) -> None:
             check_variances(_decoded(file, stored.header, variances, expected.kept))
             return
         check_variances((spec, reader.tensor(spec.name)) for spec in variances if spec.name in reader.names)
+
+
+def _check_masked(header: UpdateHeader, manifest: Manifest, size_bytes: int) -> None:
+    """Refuse all but the bytes of one masked vector, whose weight is within."""
+    layout = [(spec.name, spec.dtype, spec.shape) for spec in manifest.layout]
+    if layout != [(MASKED, "uint8", (size_bytes,))] or any(each.encoding != Raw() for each in manifest.entries):
+        raise UpdateRefused(f"an update of a secure sum is {size_bytes} bytes in one raw tensor {MASKED!r}")
+    if header.merged_updates or header.example_count != 1:
+        raise UpdateRefused(
+            "an update of a secure sum is of one device, and says one example: its weight is within"
+        )
 
 
 def norm_of(stored: StoredUpdate, layout: Layout, plain: bool, kept: KeptChannels | None) -> float:

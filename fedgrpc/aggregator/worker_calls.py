@@ -19,6 +19,7 @@ from fedgrpc.aggregator.registry import Worker
 from fedgrpc.aggregator.sessions import Sessions
 from fedgrpc.aggregator.tokens import new_token
 from fedgrpc.errors import RoundClosed, UnknownWorker, UsageError, WrongIdentity
+from fedgrpc.privacy.one_time_keys import PublicKeys
 from fedgrpc.protocol.descriptions import ModelDescription
 from fedgrpc.protocol.devices import bounded_registration
 from fedgrpc.rounds.events import Failed, Progress, TaskPhase
@@ -103,6 +104,7 @@ class WorkerCalls:
         wait_s: float,
         held: tuple[int, bytes] | None = None,
         new_examples: int | None = None,
+        keys: PublicKeys | None = None,
     ) -> str | None:
         """The token of the worker's task, as soon as it has one; None after `wait_s`, and once the run has ended.
 
@@ -111,7 +113,7 @@ class WorkerCalls:
         worker = self._fleet.get(name)
         self.check_known(worker)
         worker.heard(self._coordinator.clock())
-        self.hear_poll(name, held, new_examples)
+        self.hear_poll(name, held, new_examples, keys)
         found = await polled(
             self._fleet,
             worker,
@@ -133,21 +135,29 @@ class WorkerCalls:
         except (UsageError, WrongIdentity) as error:
             raise UnknownWorker(f"register again: {error}") from error
 
-    def hear_poll(self, name: str, held: tuple[int, bytes] | None, new_examples: int | None) -> None:
+    def hear_poll(
+        self,
+        name: str,
+        held: tuple[int, bytes] | None,
+        new_examples: int | None,
+        keys: PublicKeys | None = None,
+    ) -> None:
         """Note what a worker that polls has."""
-        self._coordinator.apply(WorkerPolled(name, held, new_examples))
+        self._coordinator.apply(WorkerPolled(name, held, new_examples, keys))
 
     def tell_end(self, name: str) -> None:
         """Note that a worker has had its answer without a task: if the run has ended, it knows."""
         self._coordinator.apply(WorkerTold(name))
 
     def token_for(self, worker: Worker) -> str | None:
-        """Return the task of a worker that polls. An expired task is its own again."""
+        """Return the task that a polling worker is to do, or to answer for. An expired one is its own again."""
         run = self._run
         if worker.evaluator:
             self._coordinator.apply(EvaluatorPolled(worker.name, new_token(run.id)))
             evaluation = run.evaluation_of(worker.name)
             return None if evaluation is None else evaluation.token
+        if (asked := self._coordinator.secure_sums.question_for(worker.name)) is not None:
+            return asked
         token = run.task_of(worker.name)
         if token is not None:
             phase = run.current.state.find(token).phase

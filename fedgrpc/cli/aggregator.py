@@ -26,6 +26,7 @@ from fedgrpc.gauges import Gauges
 from fedgrpc.hierarchy.process import run_leaf
 from fedgrpc.metrics import ProcessMetrics, serve_metrics
 from fedgrpc.privacy.policy import PrivacyPolicy
+from fedgrpc.privacy.secure_policy import SecurePolicy
 from fedgrpc.process import collect_rarely
 from fedgrpc.protocol.tasks import WorkerRole
 from fedgrpc.rounds.policy import RoundPolicy
@@ -47,6 +48,7 @@ def settings_from(values: dict[str, Any]) -> AggregatorSettings:
         policy=pick(RoundPolicy, values),
         choosing=pick(SelectionPolicy, values),
         privacy=pick(PrivacyPolicy, values),
+        secure=pick(SecurePolicy, values),
         plan=pick(TrainingPlan, values),
         local_models=PlanTable() if plans is None else read_file(plans, PlanTable.from_toml),
         worker_weights=dict(values["worker_weights"]),
@@ -95,6 +97,8 @@ def _run(**values: Any) -> int:
         if upstream is not None:
             if settings.privacy.on:
                 raise UsageError("--privacy is for the parent: a leaf releases no versions")
+            if settings.secure.on:
+                raise UsageError("--secure-aggregation goes without --upstream: a leaf sees its workers' updates")
             if values["web_address"] is not None:
                 raise UsageError(
                     "--web-address is for the parent: the page of a leaf would show a part of each round"

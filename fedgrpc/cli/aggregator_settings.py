@@ -18,6 +18,7 @@ from fedgrpc.cli.options import Declare, Setting
 from fedgrpc.cli.process import LOGS
 from fedgrpc.cli.values import DURATION, ROUNDS, SIZE, NamedValues
 from fedgrpc.privacy.policy import PrivacyPolicy
+from fedgrpc.privacy.secure_policy import SecurePolicy
 from fedgrpc.rounds.policy import RoundPolicy
 from fedgrpc.rounds.selection import SelectionPolicy
 from fedgrpc.training_plan import TrainingPlan
@@ -30,6 +31,7 @@ _end = Declare("When the run ends", AggregatorSettings)
 _plan = Declare("Training plan (without: the learning task's own values)", TrainingPlan)
 _mean = Declare("Averaging", AggregatorSettings)
 _privacy = Declare("Privacy (docs/guide/privacy.md)", PrivacyPolicy)
+_secure = Declare("Privacy (docs/guide/privacy.md)", SecurePolicy)
 _transfer = Declare("Transfer", AggregatorSettings)
 _service = Declare("Service", AggregatorSettings)
 _upstream = Declare("Parent aggregator (docs/tree.md)")
@@ -273,6 +275,21 @@ SETTINGS: list[Setting] = [
         "Ask each idle device with this chance (with --quorum 0); noise counts for more where nobody knows whom.",
     ),
     _privacy("--metrics/--no-metrics", "Devices report no losses, scores and counts of examples."),
+    _secure(
+        "--secure-aggregation",
+        "See only the sum of a round's updates: devices mask them, with values of this many bits, as in 8 "
+        "(docs/secure_aggregation.md).",
+        name="secure_bits",
+        metavar="BITS",
+    ),
+    _secure(
+        "--secure-weight-bits",
+        "With --max-examples: an update weighs its examples, in so many bits; 0: all weigh the same.",
+    ),
+    _secure(
+        "--secure-colluding",
+        "So many neighbours of a device may work with the aggregator and learn nothing more; more must answer.",
+    ),
     _transfer(
         "--encoding",
         "Recipe of models and updates, as in raw or int8+zstd; or by link, 'raw above 1gbit | int8+zstd'; or auto "

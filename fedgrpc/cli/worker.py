@@ -158,6 +158,10 @@ SETTINGS: list[Setting] = [
     ),
     _limit("--min-batch-size", "Smallest batches that a task may ask for."),
     _limit(
+        "--only-secure/--any-aggregation",
+        "Train only where updates are summed under masks (docs/secure_aggregation.md).",
+    ),
+    _limit(
         "--only-when",
         "Ask for tasks only while this is so, as in 'on_mains and idle' (docs/guide/operate.md).",
         metavar="EXPRESSION",

@@ -39,6 +39,7 @@ ROLES: Final[Mapping[str, Roles]] = {
             "Heartbeat": _DEVICES,
             "PushUpdate": _DEVICES,
             "QueryPush": _DEVICES,
+            "ExchangeParts": _DEVICES,
             "ReportFailure": _DEVICES,
             "Leave": _DEVICES,
             "GetRun": _READERS,

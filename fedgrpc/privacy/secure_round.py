@@ -59,6 +59,13 @@ class Arrived:
 
 
 @dataclass(frozen=True)
+class Withdrawn:
+    """The update of `name` does not count any more. Too late once devices were asked about it."""
+
+    name: str
+
+
+@dataclass(frozen=True)
 class Confirmed:
     """`name` proved to its neighbours which question it was asked."""
 
@@ -81,7 +88,7 @@ class TimeUp:
     phase: SecurePhase
 
 
-Event: TypeAlias = Shared | Arrived | Confirmed | Answered | TimeUp
+Event: TypeAlias = Shared | Arrived | Withdrawn | Confirmed | Answered | TimeUp
 
 
 @dataclass(frozen=True)
@@ -173,6 +180,9 @@ def step(round_: SecureRound, event: Event) -> tuple[SecureRound, tuple[Effect, 
             return _shared(round_, event)
         case Arrived():
             return _arrived(round_, event)
+        case Withdrawn(name):
+            _check_phase(round_, SecurePhase.MASKING, name in round_.roster)
+            return replace(round_, uploaded=round_.uploaded - {name}), ()
         case Confirmed():
             return _confirmed(round_, event)
         case Answered():

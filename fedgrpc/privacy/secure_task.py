@@ -48,7 +48,7 @@ class KeyRing:
 class SecureTask:
     """One secure sum on a device, as far as it has come. Methods that return a `SecureTask` fix one thing more.
 
-    `sealed` are the neighbours' shares for this device; `masked_sha256` is of the update that its masks were used
+    `sealed` are the neighbours' shares for this device; `masked_digest` is of the update that its masks were used
     on.
     """
 
@@ -56,7 +56,7 @@ class SecureTask:
     secrets: Secrets
     roster: frozenset[str] | None = None
     sealed: Mapping[str, bytes] = field(default_factory=lambda: MappingProxyType({}))
-    masked_sha256: bytes = b""
+    masked_digest: bytes = b""
     arrived: frozenset[str] | None = None
 
     def sealed_shares(self) -> dict[str, bytes]:
@@ -74,24 +74,24 @@ class SecureTask:
 
     def masks(self, bits: int) -> Masks:
         """Return the masks, or raise UpdateRefused once an update is stored: a second one would tell both."""
-        if self.masked_sha256:
+        if self.masked_digest:
             raise UpdateRefused("the masks of this round are used: the update that has them is the only one")
         return self._participant.masks(bits)
 
-    def with_masked(self, sha256: bytes) -> SecureTask:
+    def with_masked(self, digest: bytes) -> SecureTask:
         """Fix the masked update, which has been stored. Raises UpdateRefused for another than before."""
-        if self.masked_sha256:
-            self._same("masked update", self.masked_sha256, sha256)
+        if self.masked_digest:
+            self._same("masked update", self.masked_digest, digest)
         if self.roster is None:
             raise UpdateRefused("the roster of this round is not known yet")
-        return replace(self, masked_sha256=sha256)
+        return replace(self, masked_digest=digest)
 
     def with_question(self, arrived: AbstractSet[str]) -> SecureTask:
         """Fix which updates count. Raises UpdateRefused for another question, or one not to be answered."""
         if self.arrived is not None:
             self._same("question", self.arrived, arrived)
             return self
-        if not self.masked_sha256:
+        if not self.masked_digest:
             raise UpdateRefused("this device has sent no update in the round that it is asked about")
         asked = replace(self, arrived=frozenset(arrived))
         asked.confirmations()

@@ -12,12 +12,15 @@ from enum import Enum, IntEnum
 
 from fedgrpc.codec.layout import Layout
 from fedgrpc.privacy.ledger import Ledger, Release
+from fedgrpc.privacy.one_time_keys import PublicKeys
+from fedgrpc.privacy.secure_round import Ask, Parts, PassOn, SecurePhase, TellRoster
 from fedgrpc.rounds import events as rounds
 from fedgrpc.rounds.events import Selected
 from fedgrpc.rounds.version import Version
 from fedgrpc.runs.evaluations import Evaluation
 from fedgrpc.runs.merge import Merge
 from fedgrpc.runs.round_in_progress import DroppedTask, RoundInProgress
+from fedgrpc.runs.secure_sum import SecureSum
 from fedgrpc.runs.task_context import Report, TaskContext
 
 
@@ -84,10 +87,20 @@ class RoundOpened:
 
 @dataclass(frozen=True)
 class TasksGiven:
-    """The answer to `Select`, with one record for each new task."""
+    """The answer to `Select`, with one record for each new task. `secure`: the sum that their updates go into."""
 
     selected: Selected
     contexts: Mapping[str, TaskContext]
+    secure: SecureSum | None = None
+
+
+@dataclass(frozen=True)
+class PartsSent:
+    """A device sent what a secure sum wants of it in `phase`: shares, proofs or answers."""
+
+    token: str
+    phase: SecurePhase
+    parts: Parts
 
 
 @dataclass(frozen=True)
@@ -249,12 +262,14 @@ class Ended:
 class WorkerPolled:
     """A worker asks for a task, so it has none to deliver. `held`: a version, and the SHA-256 of its payload.
 
-    `new_examples`: how many it has that it has not trained on in this run; None where it does not tell.
+    `new_examples`: how many it has that it has not trained on in this run; None where it does not tell. `keys`:
+    for the next secure sum; None: it takes part in none.
     """
 
     worker: str
     held: tuple[int, bytes] | None
     new_examples: int | None = None
+    keys: PublicKeys | None = None
 
 
 @dataclass(frozen=True)
@@ -299,6 +314,7 @@ Event = (
     rounds.Event
     | RoundOpened
     | TasksGiven
+    | PartsSent
     | LedgerOpened
     | ReleaseEntered
     | UpdateAccepted
@@ -345,7 +361,7 @@ class Drop:
     dropped: DroppedTask
 
 
-Effect = rounds.Effect | TaskClosed | Drop
+Effect = rounds.Effect | TaskClosed | Drop | TellRoster | Ask | PassOn
 
 
 # What a run without a round in progress does next.

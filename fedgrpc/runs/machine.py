@@ -39,6 +39,7 @@ from fedgrpc.runs.events import (
     LedgerOpened,
     ParentLeads,
     ParentWaits,
+    PartsSent,
     Paused,
     ReleaseEntered,
     Resumed,
@@ -64,13 +65,13 @@ from fedgrpc.runs.events import (
 )
 from fedgrpc.runs.round_in_progress import DroppedTask, RoundInProgress, RoundStep
 from fedgrpc.runs.rules import RunRules
-from fedgrpc.runs.state import RunState
+from fedgrpc.runs.summing import SummingState
 
 Effects = tuple[Effect, ...]
 E = TypeVar("E", bound=rounds.Event)
 
 
-class RunMachine(RunState):
+class RunMachine(SummingState):
     """Run that events change, by `apply` and in no other way."""
 
     def __init__(self, rules: RunRules, run_id: str, started_at: float, step: RoundStep = step) -> None:
@@ -83,23 +84,24 @@ class RunMachine(RunState):
         handler = _HANDLERS.get(type(event))
         if handler is not None:
             return handler(self, event, now)
-        return self._step(event, now)  # type: ignore[arg-type]
+        return self.step_round(event, now)  # type: ignore[arg-type]
 
     def foresee(self, event: Event, now: float) -> RunMachine:
         """Return the run as the event would leave it; this one stays as it is. Raises as `apply`."""
         after = RunMachine.__new__(type(self))
         after.__dict__.update(self.__dict__)
         after.leases, after.held, after.told = dict(self.leases), dict(self.held), set(self.told)
-        after.new_examples = dict(self.new_examples)
+        after.new_examples, after.keys = dict(self.new_examples), dict(self.keys)
         after.versions, after.evaluations = self.versions.copy(), self.evaluations.copy()
         after.apply(event, now)
         return after
 
     # Rounds.
 
-    def _step(self, event: rounds.Event, now: float) -> Effects:
+    def step_round(self, event: rounds.Event, now: float) -> Effects:
         """Apply an event to the round in progress."""
-        self.round, effects, closed = self.current.step(event, now, self._round_step)
+        before, summed = self.current, self._foreseen_sum(event, now)
+        self.round, effects, closed = before.step(event, now, self._round_step)
         state = self.round.state
         for effect in effects:
             if isinstance(effect, Offer):
@@ -108,7 +110,8 @@ class RunMachine(RunState):
                 self._release(state.tasks[effect.token].worker, effect.token)
         if isinstance(event, Accepted | Rejected | Failed):
             self._release(state.find(event.token).worker, event.token)
-        return (*effects, *(_task_closed(token, state.find(token)) for token in closed))
+        done = (*effects, *(_task_closed(token, state.find(token)) for token in closed))
+        return done if before.secure is None else (*self._sum_follows(done, before, summed, event, now),)
 
     def _release(self, worker: str, token: str) -> None:
         """Free the worker, if it is this task that it holds."""
@@ -124,18 +127,23 @@ class RunMachine(RunState):
         return ()
 
     def _give_tasks(self, event: TasksGiven, now: float) -> Effects:
-        effects = self._step(event.selected, now)
+        effects = self.step_round(event.selected, now)
         tasks = self.current.state.tasks
         self.round = self.current.with_contexts(
             {token: context for token, context in event.contexts.items() if token in tasks}
         )
+        if event.secure is not None and self.current.state.phase is RoundPhase.REPORTING:
+            self.round = replace(self.current, secure=event.secure)
+            for worker in event.secure.state.graph:
+                # Each key is for one sum.
+                self.keys.pop(worker, None)
         if self.ledger is not None and self.current.kind is TaskKind.TRAIN:
             self.ledger = self.ledger.chosen(worker for _, worker in event.selected.tasks)
         return effects
 
     def _accept(self, event: UpdateAccepted, now: float) -> Effects:
         self.round_of(event.token)
-        effects = self._step(Accepted(event.token, event.weight), now)
+        effects = self.step_round(Accepted(event.token, event.weight), now)
         if (worker := self.current.state.find(event.token).worker) in self.new_examples:
             # What it was trained on is new no more, before the worker polls and says so.
             self.new_examples[worker] = 0
@@ -155,7 +163,7 @@ class RunMachine(RunState):
 
     def _merge(self, event: UpdatesMerged, now: float) -> Effects:
         number = self.current.base_version if event.version is None else event.version.version
-        effects = self._step(Committed(number), now)
+        effects = self.step_round(Committed(number), now)
         merge = event.merge
         round_ = self.current.with_merge(merge.weights, merge.scales, merge.distances)
         self.round = replace(round_, training_metrics=merge.training_metrics, commit_s=event.commit_s)
@@ -289,7 +297,11 @@ class RunMachine(RunState):
         return self._abort(event.ending.text, now)
 
     def _abort(self, reason: str, now: float) -> Effects:
-        return self._step(Abort(reason), now) if self.round is not None and self.round.open else ()
+        """End the round, unless it is committing already. One that waits for devices to answer is not."""
+        round_ = self.round
+        if round_ is None or not (round_.open or (round_.secure is not None and round_.secure.asking)):
+            return ()
+        return self.step_round(Abort(reason), now)
 
     # Workers.
 
@@ -301,10 +313,13 @@ class RunMachine(RunState):
         self.new_examples.pop(event.worker, None)
         if event.new_examples is not None:
             self.new_examples[event.worker] = event.new_examples
+        self.keys.pop(event.worker, None)
+        if event.keys is not None and self.rules.secure:
+            self.keys[event.worker] = event.keys
         token = self.task_of(event.worker)
         if token is None or not self.current.is_stale(token):
             return ()
-        return self._step(Failed(token, "its worker has lost it", gone=True), now)
+        return self.step_round(Failed(token, "its worker has lost it", gone=True), now)
 
     def _answer(self, event: WorkerTold, now: float) -> Effects:
         if self.ended:
@@ -315,17 +330,18 @@ class RunMachine(RunState):
         token = self.task_of(event.worker)
         if token is None or self.current.state.find(token).phase is not TaskPhase.OFFERED:
             return ()
-        return self._step(Failed(token, "its worker has left", gone=True), now)
+        return self.step_round(Failed(token, "its worker has left", gone=True), now)
 
     def _replace_device(self, event: DeviceReplaced, now: float) -> Effects:
         self.held.pop(event.worker, None)
         self.new_examples.pop(event.worker, None)
+        self.keys.pop(event.worker, None)
         if task := self.evaluations.held_by(event.worker):
             self.evaluations.give_back(task)
         token = self.task_of(event.worker)
         if token is None:
             return ()
-        return self._step(Failed(token, "its device is gone, and another has its name", gone=True), now)
+        return self.step_round(Failed(token, "its device is gone, and another has its name", gone=True), now)
 
     def _hear_evaluator(self, event: EvaluatorPolled, now: float) -> Effects:
         self.evaluations.offer(event.worker, self.version if self.began else 0, event.token)
@@ -346,6 +362,7 @@ def _task_closed(token: str, task: Task) -> TaskClosed:
 _HANDLERS: Mapping[type, Callable[[RunMachine, Any, float], Effects]] = {
     RoundOpened: RunMachine._open_round,
     TasksGiven: RunMachine._give_tasks,
+    PartsSent: RunMachine._hear_parts,
     LedgerOpened: RunMachine._open_ledger,
     ReleaseEntered: RunMachine._enter_release,
     UpdateAccepted: RunMachine._accept,

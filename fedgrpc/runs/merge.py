@@ -13,6 +13,8 @@ from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Final
 
+import numpy as np
+
 from fedgrpc import claims
 from fedgrpc.aggregation.mean import mean_metrics
 from fedgrpc.aggregation.noise import say
@@ -67,7 +69,8 @@ class Merge:
     buffer beyond what others say. `scores` are those of the round's base version, `training_metrics` means of what
     workers say of their training. `accumulated_steps`: what the steps of an update amount to in the mean; 0 where
     steps are not normalized. `workers`: of how many devices the updates are. `distances` of updates to their
-    geometric median, where a rule has looked. `combine`: the rule for coordinates, in place of the mean.
+    geometric median, where a rule has looked. `combine`: the rule for coordinates, in place of the mean. `means`:
+    of the trained tensors, float64, where a secure sum gave them and no update says anything by itself.
     """
 
     weights: Mapping[str, float]
@@ -82,11 +85,12 @@ class Merge:
     workers: int = 1
     distances: Mapping[str, float] = field(default_factory=lambda: _NOTHING)
     combine: Combine | None = None
+    means: Mapping[str, np.ndarray] | None = None
 
     @property
     def alike(self) -> bool:
         """True if every update is a worker's own, of the whole model, and they are averaged."""
-        return not (self.sub_models or self.merged or self.combine)
+        return not (self.sub_models or self.merged or self.combine or self.means is not None)
 
     def voted(self, tokens: Collection[str], combine: Combine) -> Merge:
         """Return the same with `combine` in place of the mean, and one vote for each of `tokens`."""

@@ -14,6 +14,7 @@ from fedgrpc.rounds.round import Round, RoundPhase, Step, follow
 from fedgrpc.rounds.task import Task
 from fedgrpc.rounds.transitions import step
 from fedgrpc.rounds.version import Jump
+from fedgrpc.runs.secure_sum import SecureSum
 from fedgrpc.runs.task_context import NOTHING_KNOWN, LocalTask, Report, TaskContext
 
 RoundStep = Callable[[Round, Event, float], Step]
@@ -38,7 +39,7 @@ class RoundInProgress:
 
     `due_at`, by the clock of `state`: until when a parent waits; None: there is none. `earlier_s`: how long the
     round was open in former processes, by the wall clock, which alone outlives one. `jump`, `training_metrics` and
-    `commit_s` are of the version that it made.
+    `commit_s` are of the version that it made. `secure`: the sum that its updates go into; None: each is seen.
     """
 
     state: Round
@@ -51,6 +52,7 @@ class RoundInProgress:
     commit_s: float = 0.0
     due_at: float | None = None
     earlier_s: float = 0.0
+    secure: SecureSum | None = None
 
     def __contains__(self, token: object) -> bool:
         """Return whether this is a token of one of its tasks, or of one that it carries over."""

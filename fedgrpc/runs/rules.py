@@ -15,7 +15,8 @@ class RunRules:
 
     Without `rounds` the run is continuous: it has no last round, and its rounds wait for new examples on devices.
     The best version is the one with the best score by the first of `measures`. Scores of evaluators count for it
-    only where the operator named these. `initialises`: who may give the first model.
+    only where the operator named these. `initialises`: who may give the first model. `secure`: updates of training
+    go into secure sums, and only workers with one-time keys are asked for one.
     """
 
     policy: RoundPolicy
@@ -24,6 +25,7 @@ class RunRules:
     measures: tuple[Measure, ...] = ()
     evaluators_named: bool = False
     initialises: Callable[[str], bool] = lambda worker: True
+    secure: bool = False
 
     @property
     def min_new_examples(self) -> int:

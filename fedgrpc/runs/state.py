@@ -8,12 +8,13 @@ from __future__ import annotations
 from fedgrpc.codec.layout import Layout
 from fedgrpc.errors import RoundClosed
 from fedgrpc.privacy.ledger import Ledger
+from fedgrpc.privacy.one_time_keys import PublicKeys
 from fedgrpc.rounds.events import (
     TaskPhase,
     WorkersAvailable,
 )
 from fedgrpc.rounds.policy import TaskKind
-from fedgrpc.rounds.round import Round, Streak
+from fedgrpc.rounds.round import Round, Streak, wake_at
 from fedgrpc.runs.evaluations import Evaluation, Evaluations
 from fedgrpc.runs.events import (
     Ending,
@@ -37,6 +38,7 @@ class RunState:
     `version` 0: no model yet; `trained` rounds have been committed to the model. `leases`: the token of each
     worker that holds a task. `held`: the version that each worker said to hold. `new_examples`: how many each said
     to have. `told`: workers that know of the end. `ledger`: of a run that releases its versions with noise.
+    `keys`: one-time keys of workers, for the next secure sum.
     """
 
     def __init__(self, rules: RunRules, run_id: str, started_at: float) -> None:
@@ -58,6 +60,7 @@ class RunState:
         self.leases: dict[str, str] = {}
         self.held: dict[str, tuple[int, bytes]] = {}
         self.new_examples: dict[str, int] = {}
+        self.keys: dict[str, PublicKeys] = {}
         self.told: set[str] = set()
         self.evaluations = Evaluations()
         self.streak = Streak()
@@ -104,6 +107,21 @@ class RunState:
             raise RoundClosed("the round of this task has ended")
         return self.round
 
+    def question_for(self, worker: str) -> str | None:
+        """Return the token of the worker's task in a secure sum that waits for its proofs or its answers."""
+        if self.round is None or self.round.secure is None or not self.round.secure.asks(worker):
+            return None
+        tasks = self.round.state.tasks.items()
+        return next((token for token, task in tasks if task.worker == worker), None)
+
+    @property
+    def wake_at(self) -> float | None:
+        """When the round in progress next needs a `Tick` if nothing else happens; None: it waits for an event."""
+        due, secure = wake_at(self.current.state), self.current.secure
+        if secure is None or secure.due_at is None or self.current.state.phase.final:
+            return due
+        return secure.due_at if due is None else min(due, secure.due_at)
+
     def workers_available(self, fleet: FleetView, now: float) -> WorkersAvailable:
         """Count the workers that could take a task of the round in progress."""
         left_out = self._left_out(fleet, now)
@@ -115,7 +133,7 @@ class RunState:
 
     def _left_out(self, fleet: FleetView, now: float) -> frozenset[str]:
         """Workers without new examples, and those that held up rounds again and again where others are enough."""
-        unchanged = self._without_new_examples() | self._resting()
+        unchanged = self._without_new_examples() | self._resting() | self._without_keys(fleet)
         doubted = fleet.doubted(now)
         if not doubted or fleet.live_trainers(now, doubted | unchanged) < self.rules.policy.needed_idle:
             return unchanged
@@ -134,7 +152,16 @@ class RunState:
             return frozenset()
         return self.ledger.resting
 
+    def _without_keys(self, fleet: FleetView) -> frozenset[str]:
+        """Idle workers that cannot take part in a secure sum."""
+        if not self.rules.secure or self.round is None or self.round.kind is not TaskKind.TRAIN:
+            return frozenset()
+        return frozenset(name for name in fleet.idle_trainers(self.leases) if name not in self.keys)
+
     def _idle_but(self, left_out: frozenset[str], fleet: FleetView) -> tuple[str, ...]:
+        if self.round is not None and self.round.secure is not None:
+            # Nobody joins a secure sum that has begun, also in place of another.
+            return ()
         idle = fleet.idle_trainers(self.leases)
         if left_out:
             idle = tuple(name for name in idle if name not in left_out)

@@ -15,6 +15,7 @@ model's code asks for.
 from __future__ import annotations
 
 import hashlib
+import json
 import math
 import os
 import struct
@@ -38,6 +39,7 @@ from fedgrpc.errors import LayoutError, StorageError, UsageError
 from fedgrpc.storage.files import RecycledFiles, pwrite, read_pieces, storage_errors, sync, write_back
 from fedgrpc.storage.model_header import (
     FIRST_BYTES,
+    METADATA,
     TensorSums,
     build_header,
     header_size,
@@ -103,6 +105,11 @@ class ModelFile:
     def named(self, name: str) -> np.ndarray:
         """The tensor of that name, freshly read. Raises `StorageError`."""
         return self.tensor(next(index for index, spec in enumerate(self.layout) if spec.name == name))
+
+    def about(self, key: str) -> str:
+        """Return what the file's metadata has under `key`; "": nothing."""
+        value = json.loads(self.header[8:]).get(METADATA, {}).get(key, "")
+        return value if isinstance(value, str) else ""
 
     @property
     def tensors_start(self) -> int:

@@ -152,7 +152,7 @@ class DescribeModelResponse(_message.Message):
     def __init__(self) -> None: ...
 
 class PollTaskRequest(_message.Message):
-    __slots__ = ("worker", "wait", "held_version", "held_digest", "new_examples", "held", "conditions", "model_bytes")
+    __slots__ = ("worker", "wait", "held_version", "held_digest", "new_examples", "held", "conditions", "model_bytes", "one_time_keys")
     WORKER_FIELD_NUMBER: _ClassVar[int]
     WAIT_FIELD_NUMBER: _ClassVar[int]
     HELD_VERSION_FIELD_NUMBER: _ClassVar[int]
@@ -161,6 +161,7 @@ class PollTaskRequest(_message.Message):
     HELD_FIELD_NUMBER: _ClassVar[int]
     CONDITIONS_FIELD_NUMBER: _ClassVar[int]
     MODEL_BYTES_FIELD_NUMBER: _ClassVar[int]
+    ONE_TIME_KEYS_FIELD_NUMBER: _ClassVar[int]
     worker: str
     wait: _duration_pb2.Duration
     held_version: int
@@ -169,31 +170,36 @@ class PollTaskRequest(_message.Message):
     held: _containers.RepeatedCompositeFieldContainer[HeldOfRun]
     conditions: _device_pb2.DeviceConditions
     model_bytes: int
-    def __init__(self, worker: _Optional[str] = ..., wait: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., held_version: _Optional[int] = ..., held_digest: _Optional[bytes] = ..., new_examples: _Optional[int] = ..., held: _Optional[_Iterable[_Union[HeldOfRun, _Mapping]]] = ..., conditions: _Optional[_Union[_device_pb2.DeviceConditions, _Mapping]] = ..., model_bytes: _Optional[int] = ...) -> None: ...
+    one_time_keys: _privacy_pb2.OneTimeKeys
+    def __init__(self, worker: _Optional[str] = ..., wait: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., held_version: _Optional[int] = ..., held_digest: _Optional[bytes] = ..., new_examples: _Optional[int] = ..., held: _Optional[_Iterable[_Union[HeldOfRun, _Mapping]]] = ..., conditions: _Optional[_Union[_device_pb2.DeviceConditions, _Mapping]] = ..., model_bytes: _Optional[int] = ..., one_time_keys: _Optional[_Union[_privacy_pb2.OneTimeKeys, _Mapping]] = ...) -> None: ...
 
 class HeldOfRun(_message.Message):
-    __slots__ = ("run_id", "held_version", "held_digest", "new_examples")
+    __slots__ = ("run_id", "held_version", "held_digest", "new_examples", "one_time_keys")
     RUN_ID_FIELD_NUMBER: _ClassVar[int]
     HELD_VERSION_FIELD_NUMBER: _ClassVar[int]
     HELD_DIGEST_FIELD_NUMBER: _ClassVar[int]
     NEW_EXAMPLES_FIELD_NUMBER: _ClassVar[int]
+    ONE_TIME_KEYS_FIELD_NUMBER: _ClassVar[int]
     run_id: str
     held_version: int
     held_digest: bytes
     new_examples: int
-    def __init__(self, run_id: _Optional[str] = ..., held_version: _Optional[int] = ..., held_digest: _Optional[bytes] = ..., new_examples: _Optional[int] = ...) -> None: ...
+    one_time_keys: _privacy_pb2.OneTimeKeys
+    def __init__(self, run_id: _Optional[str] = ..., held_version: _Optional[int] = ..., held_digest: _Optional[bytes] = ..., new_examples: _Optional[int] = ..., one_time_keys: _Optional[_Union[_privacy_pb2.OneTimeKeys, _Mapping]] = ...) -> None: ...
 
 class PollTaskResponse(_message.Message):
-    __slots__ = ("task", "run_ended", "introduce", "model")
+    __slots__ = ("task", "run_ended", "introduce", "model", "question")
     TASK_FIELD_NUMBER: _ClassVar[int]
     RUN_ENDED_FIELD_NUMBER: _ClassVar[int]
     INTRODUCE_FIELD_NUMBER: _ClassVar[int]
     MODEL_FIELD_NUMBER: _ClassVar[int]
+    QUESTION_FIELD_NUMBER: _ClassVar[int]
     task: Task
     run_ended: bool
     introduce: RunTerms
     model: TaskModel
-    def __init__(self, task: _Optional[_Union[Task, _Mapping]] = ..., run_ended: _Optional[bool] = ..., introduce: _Optional[_Union[RunTerms, _Mapping]] = ..., model: _Optional[_Union[TaskModel, _Mapping]] = ...) -> None: ...
+    question: _privacy_pb2.SecureQuestion
+    def __init__(self, task: _Optional[_Union[Task, _Mapping]] = ..., run_ended: _Optional[bool] = ..., introduce: _Optional[_Union[RunTerms, _Mapping]] = ..., model: _Optional[_Union[TaskModel, _Mapping]] = ..., question: _Optional[_Union[_privacy_pb2.SecureQuestion, _Mapping]] = ...) -> None: ...
 
 class TaskModel(_message.Message):
     __slots__ = ("header", "chunk")
@@ -216,7 +222,7 @@ class PollTasksResponse(_message.Message):
     def __init__(self, answer: _Optional[_Union[PollTaskResponse, _Mapping]] = ...) -> None: ...
 
 class Task(_message.Message):
-    __slots__ = ("token", "run", "round", "kind", "model_version", "plan", "upload_recipe", "time_left", "run_id", "uplink_bytes_per_second", "seed", "evaluate", "local_model", "leaf", "terms", "privacy")
+    __slots__ = ("token", "run", "round", "kind", "model_version", "plan", "upload_recipe", "time_left", "run_id", "uplink_bytes_per_second", "seed", "evaluate", "local_model", "leaf", "terms", "privacy", "secure")
     TOKEN_FIELD_NUMBER: _ClassVar[int]
     RUN_FIELD_NUMBER: _ClassVar[int]
     ROUND_FIELD_NUMBER: _ClassVar[int]
@@ -233,6 +239,7 @@ class Task(_message.Message):
     LEAF_FIELD_NUMBER: _ClassVar[int]
     TERMS_FIELD_NUMBER: _ClassVar[int]
     PRIVACY_FIELD_NUMBER: _ClassVar[int]
+    SECURE_FIELD_NUMBER: _ClassVar[int]
     token: str
     run: str
     round: int
@@ -249,7 +256,8 @@ class Task(_message.Message):
     leaf: _round_pb2.LeafInstructions
     terms: RunTerms
     privacy: _privacy_pb2.UpdatePrivacy
-    def __init__(self, token: _Optional[str] = ..., run: _Optional[str] = ..., round: _Optional[int] = ..., kind: _Optional[_Union[_round_pb2.TaskKind, str]] = ..., model_version: _Optional[int] = ..., plan: _Optional[_Union[_round_pb2.TrainingPlan, _Mapping]] = ..., upload_recipe: _Optional[str] = ..., time_left: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., run_id: _Optional[str] = ..., uplink_bytes_per_second: _Optional[float] = ..., seed: _Optional[int] = ..., evaluate: _Optional[bool] = ..., local_model: _Optional[_Union[_round_pb2.LocalModel, _Mapping]] = ..., leaf: _Optional[_Union[_round_pb2.LeafInstructions, _Mapping]] = ..., terms: _Optional[_Union[RunTerms, _Mapping]] = ..., privacy: _Optional[_Union[_privacy_pb2.UpdatePrivacy, _Mapping]] = ...) -> None: ...
+    secure: _privacy_pb2.SecureTask
+    def __init__(self, token: _Optional[str] = ..., run: _Optional[str] = ..., round: _Optional[int] = ..., kind: _Optional[_Union[_round_pb2.TaskKind, str]] = ..., model_version: _Optional[int] = ..., plan: _Optional[_Union[_round_pb2.TrainingPlan, _Mapping]] = ..., upload_recipe: _Optional[str] = ..., time_left: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., run_id: _Optional[str] = ..., uplink_bytes_per_second: _Optional[float] = ..., seed: _Optional[int] = ..., evaluate: _Optional[bool] = ..., local_model: _Optional[_Union[_round_pb2.LocalModel, _Mapping]] = ..., leaf: _Optional[_Union[_round_pb2.LeafInstructions, _Mapping]] = ..., terms: _Optional[_Union[RunTerms, _Mapping]] = ..., privacy: _Optional[_Union[_privacy_pb2.UpdatePrivacy, _Mapping]] = ..., secure: _Optional[_Union[_privacy_pb2.SecureTask, _Mapping]] = ...) -> None: ...
 
 class PullModelRequest(_message.Message):
     __slots__ = ("worker", "token", "offset", "base_version", "base_digest", "version", "run")
@@ -312,6 +320,32 @@ class HeartbeatResponse(_message.Message):
     reason: str
     time_left: _duration_pb2.Duration
     def __init__(self, cancel: _Optional[bool] = ..., reason: _Optional[str] = ..., time_left: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ...) -> None: ...
+
+class ExchangePartsRequest(_message.Message):
+    __slots__ = ("worker", "token", "shares", "proofs", "answers", "wait")
+    WORKER_FIELD_NUMBER: _ClassVar[int]
+    TOKEN_FIELD_NUMBER: _ClassVar[int]
+    SHARES_FIELD_NUMBER: _ClassVar[int]
+    PROOFS_FIELD_NUMBER: _ClassVar[int]
+    ANSWERS_FIELD_NUMBER: _ClassVar[int]
+    WAIT_FIELD_NUMBER: _ClassVar[int]
+    worker: str
+    token: str
+    shares: _privacy_pb2.SecureParts
+    proofs: _privacy_pb2.SecureParts
+    answers: _privacy_pb2.SecureParts
+    wait: _duration_pb2.Duration
+    def __init__(self, worker: _Optional[str] = ..., token: _Optional[str] = ..., shares: _Optional[_Union[_privacy_pb2.SecureParts, _Mapping]] = ..., proofs: _Optional[_Union[_privacy_pb2.SecureParts, _Mapping]] = ..., answers: _Optional[_Union[_privacy_pb2.SecureParts, _Mapping]] = ..., wait: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ...) -> None: ...
+
+class ExchangePartsResponse(_message.Message):
+    __slots__ = ("ready", "roster", "parts")
+    READY_FIELD_NUMBER: _ClassVar[int]
+    ROSTER_FIELD_NUMBER: _ClassVar[int]
+    PARTS_FIELD_NUMBER: _ClassVar[int]
+    ready: bool
+    roster: _containers.RepeatedScalarFieldContainer[str]
+    parts: _privacy_pb2.SecureParts
+    def __init__(self, ready: _Optional[bool] = ..., roster: _Optional[_Iterable[str]] = ..., parts: _Optional[_Union[_privacy_pb2.SecureParts, _Mapping]] = ...) -> None: ...
 
 class PushUpdateRequest(_message.Message):
     __slots__ = ("header", "chunk", "whole")

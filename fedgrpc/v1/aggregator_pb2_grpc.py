@@ -106,6 +106,11 @@ class AggregatorStub:
                 request_serializer=fedgrpc_dot_v1_dot_aggregator__pb2.QueryPushRequest.SerializeToString,
                 response_deserializer=fedgrpc_dot_v1_dot_aggregator__pb2.QueryPushResponse.FromString,
                 _registered_method=True)
+        self.ExchangeParts = channel.unary_unary(
+                '/fedgrpc.v1.Aggregator/ExchangeParts',
+                request_serializer=fedgrpc_dot_v1_dot_aggregator__pb2.ExchangePartsRequest.SerializeToString,
+                response_deserializer=fedgrpc_dot_v1_dot_aggregator__pb2.ExchangePartsResponse.FromString,
+                _registered_method=True)
         self.ReportFailure = channel.unary_unary(
                 '/fedgrpc.v1.Aggregator/ReportFailure',
                 request_serializer=fedgrpc_dot_v1_dot_aggregator__pb2.ReportFailureRequest.SerializeToString,
@@ -341,6 +346,19 @@ class AggregatorServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ExchangeParts(self, request, context):
+        """Sends what a device says in one phase of a secure sum, and waits for what it is told next. Idempotent: sent again,
+        the same parts change nothing. `shares`, as soon as there is the task, are answered with the roster and the shares
+        for this device; `proofs`, once a poll has brought the question, with the neighbours' proofs; `answers` end it.
+        The call's own deadline should be some 15 s beyond `wait`.
+        NOT_FOUND: the token is unknown. PERMISSION_DENIED: the token is another worker's. FAILED_PRECONDITION: the phase is
+        over, the sum is made or abandoned, or it goes on without this device; nothing more of it is wanted. INVALID_ARGUMENT:
+        the task is of no secure sum, or the parts do not fit or differ from those sent before.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def ReportFailure(self, request, context):
         """Gives a task back that the worker cannot do, with the reason. Idempotent; of a task that has ended, or whose
         update is accepted or was refused, it changes nothing and is not needed.
@@ -525,6 +543,11 @@ def add_AggregatorServicer_to_server(servicer, server):
                     servicer.QueryPush,
                     request_deserializer=fedgrpc_dot_v1_dot_aggregator__pb2.QueryPushRequest.FromString,
                     response_serializer=fedgrpc_dot_v1_dot_aggregator__pb2.QueryPushResponse.SerializeToString,
+            ),
+            'ExchangeParts': grpc.unary_unary_rpc_method_handler(
+                    servicer.ExchangeParts,
+                    request_deserializer=fedgrpc_dot_v1_dot_aggregator__pb2.ExchangePartsRequest.FromString,
+                    response_serializer=fedgrpc_dot_v1_dot_aggregator__pb2.ExchangePartsResponse.SerializeToString,
             ),
             'ReportFailure': grpc.unary_unary_rpc_method_handler(
                     servicer.ReportFailure,
@@ -860,6 +883,33 @@ class Aggregator:
             '/fedgrpc.v1.Aggregator/QueryPush',
             fedgrpc_dot_v1_dot_aggregator__pb2.QueryPushRequest.SerializeToString,
             fedgrpc_dot_v1_dot_aggregator__pb2.QueryPushResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ExchangeParts(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/fedgrpc.v1.Aggregator/ExchangeParts',
+            fedgrpc_dot_v1_dot_aggregator__pb2.ExchangePartsRequest.SerializeToString,
+            fedgrpc_dot_v1_dot_aggregator__pb2.ExchangePartsResponse.FromString,
             options,
             channel_credentials,
             insecure,

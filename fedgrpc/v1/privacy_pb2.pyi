@@ -69,3 +69,80 @@ class UpdatePrivacy(_message.Message):
     clip_norm: float
     without_metrics: bool
     def __init__(self, clip_norm: _Optional[float] = ..., without_metrics: _Optional[bool] = ...) -> None: ...
+
+class OneTimeKeys(_message.Message):
+    __slots__ = ("masking", "sealing", "seed_check")
+    MASKING_FIELD_NUMBER: _ClassVar[int]
+    SEALING_FIELD_NUMBER: _ClassVar[int]
+    SEED_CHECK_FIELD_NUMBER: _ClassVar[int]
+    masking: bytes
+    sealing: bytes
+    seed_check: bytes
+    def __init__(self, masking: _Optional[bytes] = ..., sealing: _Optional[bytes] = ..., seed_check: _Optional[bytes] = ...) -> None: ...
+
+class SecureNeighbour(_message.Message):
+    __slots__ = ("worker", "point", "keys")
+    WORKER_FIELD_NUMBER: _ClassVar[int]
+    POINT_FIELD_NUMBER: _ClassVar[int]
+    KEYS_FIELD_NUMBER: _ClassVar[int]
+    worker: str
+    point: int
+    keys: OneTimeKeys
+    def __init__(self, worker: _Optional[str] = ..., point: _Optional[int] = ..., keys: _Optional[_Union[OneTimeKeys, _Mapping]] = ...) -> None: ...
+
+class SecureTensor(_message.Message):
+    __slots__ = ("name", "shape", "bound")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    SHAPE_FIELD_NUMBER: _ClassVar[int]
+    BOUND_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    shape: _containers.RepeatedScalarFieldContainer[int]
+    bound: float
+    def __init__(self, name: _Optional[str] = ..., shape: _Optional[_Iterable[int]] = ..., bound: _Optional[float] = ...) -> None: ...
+
+class SecureTask(_message.Message):
+    __slots__ = ("session", "keys", "point", "threshold", "neighbours", "bits", "weight_bits", "count", "most_examples", "tensors")
+    SESSION_FIELD_NUMBER: _ClassVar[int]
+    KEYS_FIELD_NUMBER: _ClassVar[int]
+    POINT_FIELD_NUMBER: _ClassVar[int]
+    THRESHOLD_FIELD_NUMBER: _ClassVar[int]
+    NEIGHBOURS_FIELD_NUMBER: _ClassVar[int]
+    BITS_FIELD_NUMBER: _ClassVar[int]
+    WEIGHT_BITS_FIELD_NUMBER: _ClassVar[int]
+    COUNT_FIELD_NUMBER: _ClassVar[int]
+    MOST_EXAMPLES_FIELD_NUMBER: _ClassVar[int]
+    TENSORS_FIELD_NUMBER: _ClassVar[int]
+    session: bytes
+    keys: OneTimeKeys
+    point: int
+    threshold: int
+    neighbours: _containers.RepeatedCompositeFieldContainer[SecureNeighbour]
+    bits: int
+    weight_bits: int
+    count: int
+    most_examples: int
+    tensors: _containers.RepeatedCompositeFieldContainer[SecureTensor]
+    def __init__(self, session: _Optional[bytes] = ..., keys: _Optional[_Union[OneTimeKeys, _Mapping]] = ..., point: _Optional[int] = ..., threshold: _Optional[int] = ..., neighbours: _Optional[_Iterable[_Union[SecureNeighbour, _Mapping]]] = ..., bits: _Optional[int] = ..., weight_bits: _Optional[int] = ..., count: _Optional[int] = ..., most_examples: _Optional[int] = ..., tensors: _Optional[_Iterable[_Union[SecureTensor, _Mapping]]] = ...) -> None: ...
+
+class SecureParts(_message.Message):
+    __slots__ = ("parts",)
+    class PartsEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: bytes
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[bytes] = ...) -> None: ...
+    PARTS_FIELD_NUMBER: _ClassVar[int]
+    parts: _containers.ScalarMap[str, bytes]
+    def __init__(self, parts: _Optional[_Mapping[str, bytes]] = ...) -> None: ...
+
+class SecureQuestion(_message.Message):
+    __slots__ = ("token", "run_id", "arrived")
+    TOKEN_FIELD_NUMBER: _ClassVar[int]
+    RUN_ID_FIELD_NUMBER: _ClassVar[int]
+    ARRIVED_FIELD_NUMBER: _ClassVar[int]
+    token: str
+    run_id: str
+    arrived: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, token: _Optional[str] = ..., run_id: _Optional[str] = ..., arrived: _Optional[_Iterable[str]] = ...) -> None: ...

@@ -29,9 +29,11 @@ from fedgrpc.codec.chunk import (
 from fedgrpc.codec.encoding import ENCODING_NAMES
 from fedgrpc.codec.payload import Read
 from fedgrpc.errors import CorruptError, LayoutError, LinkError, WrongOffset
+from fedgrpc.privacy.one_time_keys import PublicKeys
 from fedgrpc.protocol.descriptions import ModelDescription, description_to_proto
 from fedgrpc.protocol.devices import DeviceProfile, profile_to_proto
 from fedgrpc.protocol.durations import duration_from_proto, duration_to_proto
+from fedgrpc.protocol.secure import keys_to_proto, names_from_proto, parts_from_proto, parts_to_proto
 from fedgrpc.protocol.tasks import Registration, Task, WorkerRole, registration_from_proto, task_from_proto
 from fedgrpc.protocol.tensors import chunk_from_proto, chunk_to_proto
 from fedgrpc.rounds.events import TaskPhase
@@ -45,6 +47,7 @@ from fedgrpc.v1 import (
     device_pb2,
     models_pb2,
     models_pb2_grpc,
+    privacy_pb2,
     round_pb2,
     tensor_pb2,
 )
@@ -61,17 +64,29 @@ _BATCH_BYTES: Final = 2 * LARGE_CHUNK_BYTES
 _BATCH_CHUNKS: Final = 4
 
 Report = Callable[[float], None]
+# Id of a run, the model held of it, the number of new examples, keys for its next secure sum.
+HeldOfRun = tuple[str, HeldModel | None, int | None, PublicKeys | None]
 Moved = Callable[[float], None]
 
 
 @dataclass(frozen=True)
 class Polled:
-    """Answer to a poll: a task, or a run to get ready for, or none now, or none ever again (`run_ended`)."""
+    """Answer to a poll: a task, a run to get ready for, a question, none now, or none ever (`run_ended`)."""
 
     task: Task | None
     message: aggregator_pb2.Task | None
     run_ended: bool
     introduce: aggregator_pb2.RunTerms | None = None
+    question: privacy_pb2.SecureQuestion | None = None
+
+
+@dataclass(frozen=True)
+class Told:
+    """What a device is told in a secure sum; not `ready`: the wait was over first."""
+
+    ready: bool
+    roster: frozenset[str]
+    parts: Mapping[str, bytes]
 
 
 @dataclass(frozen=True)
@@ -193,12 +208,14 @@ class AggregatorClient:
         wait_s: float,
         held: HeldModel | None,
         new_examples: int | None = None,
-        others: Collection[tuple[str, HeldModel | None, int | None]] = (),
+        others: Collection[HeldOfRun] = (),
         conditions: device_pb2.DeviceConditions | None = None,
+        keys: PublicKeys | None = None,
     ) -> Polled:
         """Wait up to `wait_s` for a task; raises UnknownWorker when the aggregator wants a registration.
 
-        `others` have, of each further run, its id, the model held of it, and the number of new examples.
+        `others` have, of each further run, its id, the model held of it, the number of new examples, and `keys`:
+        those for the next secure sum.
         """
         request = aggregator_pb2.PollTaskRequest(
             worker=self._worker,
@@ -209,8 +226,12 @@ class AggregatorClient:
         if held is not None:
             request.held_version = held.version
             request.held_digest = held.origin_digest
-        for run_id, model, new in others:
+        if keys is not None:
+            request.one_time_keys.CopyFrom(keys_to_proto(keys))
+        for run_id, model, new, its_keys in others:
             told = request.held.add(run_id=run_id, new_examples=new)
+            if its_keys is not None:
+                told.one_time_keys.CopyFrom(keys_to_proto(its_keys))
             if model is not None:
                 told.held_version, told.held_digest = model.version, model.origin_digest
         if conditions is not None:
@@ -224,7 +245,8 @@ class AggregatorClient:
             raise
         if not reply.HasField("task"):
             introduce = reply.introduce if reply.HasField("introduce") else None
-            return Polled(None, None, reply.run_ended, introduce)
+            question = reply.question if reply.HasField("question") else None
+            return Polled(None, None, reply.run_ended, introduce, question)
         given = reply.task
         self._along = (given.token, reply.model) if reply.HasField("model") else None
         self._metadata = (*self._own_metadata, *tracing.metadata(given.run_id, given.round, given.token))
@@ -243,6 +265,17 @@ class AggregatorClient:
             reply = await self._stub.Heartbeat(request, metadata=self._metadata, timeout=_CALL_S)
         time_left_s = duration_from_proto(reply.time_left) if reply.HasField("time_left") else None
         return HeartbeatReply(reply.cancel, reply.reason, time_left_s)
+
+    async def exchange(self, token: str, kind: str, parts: Mapping[str, bytes], wait_s: float) -> Told:
+        """Send "shares", "proofs" or "answers" of a secure sum; return what the aggregator then tells."""
+        request = aggregator_pb2.ExchangePartsRequest(
+            worker=self._worker, token=token, wait=duration_to_proto(wait_s), **{kind: parts_to_proto(parts)}
+        )
+        with domain_errors():
+            reply = await self._stub.ExchangeParts(
+                request, metadata=self._metadata, timeout=wait_s + _POLL_MARGIN_S
+            )
+        return Told(reply.ready, names_from_proto(reply.roster), parts_from_proto(reply.parts))
 
     async def report_failure(self, token: str, reason: str, timeout_s: float = _CALL_S) -> None:
         """Give a task back; `reason` is one line for the operator."""

@@ -32,6 +32,7 @@ from fedgrpc.protocol.tasks import task_from_proto
 from fedgrpc.protocol.tensors import manifest_from_proto
 from fedgrpc.rounds.history import Timings
 from fedgrpc.worker.client import AggregatorClient, Pushed
+from fedgrpc.worker.secure_memory import SecureMemory
 from fedgrpc.worker.spool import Spool, SpooledUpdate
 from fedgrpc.worker.status import StatusPublisher
 
@@ -48,7 +49,16 @@ log = structlog.get_logger()
 class Delivery:
     """Sends the updates of one spool, one at a time."""
 
-    def __init__(self, client: AggregatorClient, spool: Spool, publisher: StatusPublisher, beat: Beat) -> None:
+    def __init__(
+        self,
+        client: AggregatorClient,
+        spool: Spool,
+        publisher: StatusPublisher,
+        beat: Beat,
+        secure: SecureMemory | None = None,
+    ) -> None:
+        """`secure` has what this device fixed of secure sums."""
+        self._secure = secure
         self._client = client
         self._spool = spool
         self._publisher = publisher
@@ -80,6 +90,8 @@ class Delivery:
 
     async def _send(self, update: SpooledUpdate, moved: Callable[[float], None], new: bool) -> None:
         self._publisher.enter(Activity.UPLOADING)
+        if self._secure is not None and update.task.HasField("secure"):
+            await asyncio.to_thread(_fix_masked, self._secure, update)
         try:
             await run_until_interrupted(self._push(update, moved, new), self._beat(update.token))
         except Interrupted as interruption:
@@ -159,3 +171,12 @@ class Delivery:
     def _log_of(self, update: SpooledUpdate) -> Any:
         task = task_from_proto(update.task)
         return log.bind(run=task.run, round=task.round, worker=update.header.worker)
+
+
+def _fix_masked(memory: SecureMemory, update: SpooledUpdate) -> None:
+    """Fix that this update has the masks of its task, before a byte of it is sent.
+
+    Raises `UpdateRefused` once another has.
+    """
+    digest = manifest_from_proto(update.header.manifest).digest
+    memory.fix(update.token, memory.of(update.token).with_masked(digest))

@@ -19,12 +19,15 @@ from fedgrpc.codec.feedback import Residual
 from fedgrpc.errors import CorruptError, StorageError, WrongOffset
 from fedgrpc.protocol.descriptions import ModelDescription
 from fedgrpc.protocol.devices import Activity
+from fedgrpc.protocol.secure import secure_terms_from_proto
 from fedgrpc.protocol.tasks import Registration, Task
 from fedgrpc.rpc.retry import with_retries
 from fedgrpc.v1 import aggregator_pb2
 from fedgrpc.worker.client import AggregatorClient, Report
 from fedgrpc.worker.held_model import HeldModel, Source
 from fedgrpc.worker.model_folder import ModelFolder
+from fedgrpc.worker.secure_memory import SecureMemory
+from fedgrpc.worker.secure_part import SecurePart
 from fedgrpc.worker.settings import WorkerSettings
 from fedgrpc.worker.spool import Fill, Spool, SpooledUpdate
 from fedgrpc.worker.status import StatusPublisher
@@ -78,6 +81,7 @@ class TaskFiles:
         self._publisher = publisher
         self._download_began: tuple[str, float] = ("", 0.0)
         self.models = ModelFolder(settings.state_dir / "model")
+        self.secure = SecureMemory(settings.state_dir / "secure")
         self.spool = Spool(
             settings.state_dir / "spool",
             max_updates=settings.spool_max_updates,
@@ -89,6 +93,16 @@ class TaskFiles:
         held = self.models.held
         version = 0 if held is None else held.version
         self._publisher.show(model_version=version, spooled_updates=self.spool.count())
+
+    def secure_part(self, task: Task, message: aggregator_pb2.Task) -> SecurePart | None:
+        """Return this device's part in the secure sum of a task; None: its update travels as it is.
+
+        Raises `LayoutError` and `UpdateRefused` for a sum that this device does not join.
+        """
+        if not message.HasField("secure"):
+            return None
+        terms = secure_terms_from_proto(message.secure, self._settings.name)
+        return SecurePart(self.secure, self._client, task.token, terms)
 
     async def download(self, task: Task, report: Report, most_bytes: int | None = None) -> tuple[HeldModel, float]:
         """Return the task's version, on the disk, and the seconds since its download began, in any session.

@@ -34,19 +34,20 @@ from fedgrpc.errors import (
     UnknownWorker,
     UsageError,
 )
+from fedgrpc.privacy.one_time_keys import PublicKeys
 from fedgrpc.protocol.devices import Activity, DeviceProfile
-from fedgrpc.protocol.tasks import Registration, Task, registration_of
+from fedgrpc.protocol.tasks import Registration, Task, WorkerRole, registration_of
 from fedgrpc.rpc.address import dialled
 from fedgrpc.rpc.diagnosis import explain
 from fedgrpc.rpc.retry import Backoff, Retries
 from fedgrpc.trainer import Cancelled
-from fedgrpc.v1 import aggregator_pb2, device_pb2
-from fedgrpc.worker.client import AggregatorClient, Polled
+from fedgrpc.v1 import aggregator_pb2, device_pb2, privacy_pb2
+from fedgrpc.worker.client import AggregatorClient, HeldOfRun, Polled
 from fedgrpc.worker.conditions import OwnersConditions
 from fedgrpc.worker.delivery import Delivery
-from fedgrpc.worker.held_model import HeldModel
 from fedgrpc.worker.local_work import LocalWork, TaskFiles
 from fedgrpc.worker.run_work import RunWork, WorkerRuns
+from fedgrpc.worker.secure_part import answer
 from fedgrpc.worker.settings import WorkerSettings
 from fedgrpc.worker.spool import SpooledUpdate
 from fedgrpc.worker.status import Controls, StatusPublisher
@@ -184,6 +185,9 @@ class Loop:
             if polled.task is not None and polled.message is not None:
                 await self._perform_of(own, polled)
                 continue
+            if polled.question is not None:
+                await self._answer(own, polled.question)
+                continue
             if polled.introduce is not None:
                 await self._introduce(own, polled.introduce)
                 continue
@@ -210,6 +214,21 @@ class Loop:
             await self._give_back(task, "this device takes no tasks of this run")
             return
         await self._perform(run, task, message)
+
+    async def _answer(self, own: RunWork, question: privacy_pb2.SecureQuestion) -> None:
+        """Answer for a secure sum. Who does not is left out, or the round is abandoned."""
+        memory = own.files.secure
+        if self._runs is not None and question.run_id not in ("", own.run_id):
+            memory = self._runs.secure_memory(question.run_id)
+        try:
+            await answer(memory, self._client, question)
+            self._retries.reset()
+        except FedgrpcError as error:
+            if error.retryable:
+                raise
+            self._log.warning("not answered for a secure sum", reason=str(error))
+            self._publisher.show(last_error=str(error))
+            await self._controls.wait(self._retries.next_delay_s())
 
     async def _introduce(self, own: RunWork, terms: aggregator_pb2.RunTerms) -> None:
         """Get ready for a run, and tell the aggregator of its model, or that this device takes no tasks of it."""
@@ -286,8 +305,19 @@ class Loop:
             others = []
             for run in () if self._runs is None else self._runs.opened:
                 new = await stack.enter_async_context(run.work.polling(run.registration))
-                others.append((run.run_id, run.files.models.held, new))
-            return await self._poll_unless_paused(own.registration, new_examples, others)
+                others.append((run.run_id, run.files.models.held, new, await self._keys(run)))
+            keys = await self._keys(own) if own.run_id else None
+            return await self._poll_unless_paused(own.registration, new_examples, others, keys)
+
+    async def _keys(self, run: RunWork) -> PublicKeys | None:
+        """Return this device's keys for the next secure sum of a run; None: it takes part in none."""
+        if self._settings.role is not WorkerRole.TRAINER:
+            return None
+        try:
+            return await asyncio.to_thread(run.files.secure.public_keys)
+        except StorageError as error:
+            self._log.warning("no keys for secure sums", reason=str(error))
+            return None
 
     async def _describe(self, own: RunWork) -> None:
         """Tell the aggregator of the model before a poll that may bring the first task, once unless it changes."""
@@ -317,7 +347,8 @@ class Loop:
         self,
         registration: Registration,
         new_examples: int | None,
-        others: Collection[tuple[str, HeldModel | None, int | None]],
+        others: Collection[HeldOfRun],
+        keys: PublicKeys | None,
     ) -> Polled | None:
         wait_s = min(registration.poll_wait_s or self._settings.poll_wait_s, self._settings.poll_wait_s)
         while not self._controls.draining:
@@ -329,7 +360,7 @@ class Loop:
             if self._controls.draining or self._controls.paused:
                 continue
             self._publisher.enter(Activity.WAITING)
-            poll = self._client.poll(wait_s, self._models.held, new_examples, others, conditions)
+            poll = self._client.poll(wait_s, self._models.held, new_examples, others, conditions, keys)
             try:
                 return await run_until_interrupted(poll, self._controls.changed())
             except Interrupted:
@@ -388,7 +419,7 @@ class Loop:
         """Return the delivery of a run's spool, which remembers over sessions when an upload began."""
         known = self._deliveries.get(run.run_id)
         if known is None:
-            known = Delivery(self._client, run.files.spool, self._publisher, self._beat)
+            known = Delivery(self._client, run.files.spool, self._publisher, self._beat, run.files.secure)
             self._deliveries[run.run_id] = known
         return known
 

@@ -28,6 +28,7 @@ from fedgrpc.trainer import Trainer
 from fedgrpc.v1 import aggregator_pb2
 from fedgrpc.worker.client import AggregatorClient
 from fedgrpc.worker.local_work import LocalWork, TaskFiles
+from fedgrpc.worker.secure_memory import SecureMemory
 from fedgrpc.worker.settings import WorkerSettings
 from fedgrpc.worker.status import StatusPublisher
 from fedgrpc.worker.training import TrainerWork
@@ -86,6 +87,11 @@ class WorkerRuns:
     def knows(self, run_id: str) -> bool:
         """Return whether this device has had work of a run, also in a former process."""
         return run_id in self._opened or (self._folder / _name_of(run_id)).exists()
+
+    def secure_memory(self, run_id: str) -> SecureMemory:
+        """Return what this device fixed of the secure sums of a run, also in a former process."""
+        known = self._opened.get(run_id)
+        return SecureMemory(self._folder / _name_of(run_id) / "secure") if known is None else known.files.secure
 
     async def of_task(self, own: Registration, task: aggregator_pb2.Task) -> RunWork | None:
         """Return the work of a task's run; None if nothing says what the run is. Raises `StorageError`."""

@@ -40,7 +40,8 @@ class WorkerSettings:
     (None: one whose training has no room in the memory that this process may use). So is a task whose batches
     have fewer than `min_batch_size` examples: the update of a single example reveals that example. While the
     device is not as `only_when` says (`fedgrpc.runs.eligibility`), it asks for no task. `allow_algorithms` has
-    globs of the classes that a run may name as its algorithm, besides fedgrpc's own.
+    globs of the classes that a run may name as its algorithm, besides fedgrpc's own. With `only_secure` the device
+    sends no update of training that is not masked for a secure sum.
 
     Raises:
         UsageError: a value is out of range.
@@ -69,6 +70,7 @@ class WorkerSettings:
     min_batch_size: int = 1
     allow_algorithms: tuple[str, ...] = ()
     only_when: str = ""
+    only_secure: bool = False
 
     def __post_init__(self) -> None:
         if not _NAME.fullmatch(self.name):

@@ -60,6 +60,7 @@ from fedgrpc.worker.device import resident_bytes, usable_memory_bytes
 from fedgrpc.worker.guarded_trainer import first_weights, guarded, users_code
 from fedgrpc.worker.held_model import HeldModel
 from fedgrpc.worker.local_work import TaskFiles
+from fedgrpc.worker.secure_part import SecurePart, sharing
 from fedgrpc.worker.settings import WorkerSettings
 from fedgrpc.worker.spool import Fill, SpooledUpdate
 from fedgrpc.worker.status import StatusPublisher
@@ -172,8 +173,22 @@ class TrainerWork:
         """Download, train or score, and spool the update. Raises `TaskError` for a plan that is refused here."""
         _check_plan(task, self._settings.min_batch_size)
         check_allowed(task, self._settings.allow_algorithms)
+        if self._settings.only_secure and task.kind is TaskKind.TRAIN and not message.HasField("secure"):
+            raise TaskError("this device sends no update that is not masked for a secure sum: its --only-secure")
         self._mark.check(task.token)
         forget_peak_memory()
+        part = self._files.secure_part(task, message)
+        async with sharing(part) as shared:
+            return await self._performed(task, message, report, part, shared)
+
+    async def _performed(
+        self,
+        task: Task,
+        message: aggregator_pb2.Task,
+        report: Report,
+        part: SecurePart | None,
+        shared: asyncio.Task[None] | None,
+    ) -> SpooledUpdate:
         given, layout, download_s = await self._download(task, report)
         began = Began(download_s, time.monotonic())
         stop = threading.Event()
@@ -185,11 +200,15 @@ class TrainerWork:
             with fitting(task):
                 outcome = await self._local_work(self._trainer, task, given, hooks)
         self._publisher.show(notice=_notice(task, outcome))
+        if shared is not None:
+            # Masks follow from who has shared.
+            await shared
 
         def fill(residual: Residual) -> Fill:
             # Read the weights again: the learning task may have trained in the arrays that it was given.
             pulled = {} if outcome.weights is None else given(True)
-            return update_of(task, self._settings.name, pulled, outcome, residual, began, layout)
+            masked = None if part is None else part.masked
+            return update_of(task, self._settings.name, pulled, outcome, residual, began, layout, masked)
 
         keep = personal_layers_writer(outcome.weights or {}, task.run_id, task.is_personal)
         update = await self._files.store(task, message, fill, keep, kept_writer(outcome.kept, task.run_id))

@@ -22,7 +22,7 @@ import math
 import time
 import zlib
 from collections.abc import Callable, Collection, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import BinaryIO, Final
@@ -41,6 +41,7 @@ from fedgrpc.codec.payload import write_payload
 from fedgrpc.codec.recipe import Recipe
 from fedgrpc.codec.values import InParts, part_of, pieces
 from fedgrpc.process import peak_memory_bytes
+from fedgrpc.protocol.secure import MASKED
 from fedgrpc.protocol.tasks import Task
 from fedgrpc.protocol.updates import report_to_proto
 from fedgrpc.rounds.history import Timings
@@ -55,6 +56,9 @@ from fedgrpc.worker.spool import Fill
 
 # The rest of what the link carries is for encoding, syncing and a link that is slower this time.
 _SHARE: Final = 0.8
+
+# Returns the masked vector, uint8, of the differences of an update with so many examples.
+Masked = Callable[[Mapping[str, Array], int, np.random.Generator], Array]
 
 log = structlog.get_logger()
 
@@ -90,20 +94,25 @@ def update_of(
     residual: Residual,
     began: Began,
     layout: Layout = (),
+    masked: Masked | None = None,
 ) -> Fill:
     """Return the function with which the spool writes the update and the residual it leaves behind.
 
+    `masked` makes the vector of a secure sum of it; None: it travels as it is.
     `given` are the weights as they were pulled, `layout` is the run's layout of them. The trainer may have changed
     the arrays that it was handed, so do not pass those.
     """
 
     def fill(payload: BinaryIO, keep: Keep) -> tuple[aggregator_pb2.UpdateHeader, Layout | None]:
-        manifest, left = _write(task, worker, given, layout, outcome, residual, payload, keep)
+        manifest, left = _write(task, worker, given, layout, outcome, residual, payload, keep, masked)
         unchanged = task.kind is TaskKind.TRAIN and _left_as_it_was(outcome, given, layout)
         if unchanged:
             log.warning("training changed nothing", round=task.round, steps=outcome.steps)
         metrics = task.metrics or task.kind is not TaskKind.TRAIN
         report = _report(outcome, began.timings(), unchanged, metrics)
+        if masked is not None:
+            # The weight is in the sum, and what would tell of it stays here.
+            report = replace(report, example_count=1, steps=1, noise_ratio=0.0, unchanged=False)
         return report_to_proto(report, task.token, worker, manifest, outcome.channels), left
 
     return fill
@@ -138,6 +147,7 @@ def _write(
     residual: Residual,
     payload: BinaryIO,
     keep: Keep,
+    masked: Masked | None = None,
 ) -> tuple[Manifest, Layout | None]:
     recipe = Recipe.parse(task.upload_recipe or "raw")
     draw = partial(np.random.default_rng, (task.seed, task.round, zlib.crc32(worker.encode())))
@@ -151,6 +161,10 @@ def _write(
         log.warning("constants changed by training stay as they are", tensors=delta.changed_constants)
     recipe = recipe.for_layout(told_layout(start, known))
     bounded = delta if task.clip_norm is None else clipped(delta, delta.layout, task.clip_norm)
+    if masked is not None:
+        # No error feedback: rounding is right in the mean, and the residual would tell of the update.
+        vector = masked(bounded, outcome.example_count, draw())
+        return write_payload({MASKED: vector}, Recipe.parse("raw"), payload, draw()), None
     sent = PartialDelta(bounded, outcome.masks, outcome.clustered, task.is_kept_back)
     if outcome.masks or task.sub_model.moves:
         # No error feedback: the next update covers other coordinates, which this one's loss does not concern.

@@ -23,7 +23,7 @@ from fedgrpc.worker.settings import WorkerSettings
 from fedgrpc.worker.throttle import Throttle
 
 # Fields that are made of several settings.
-_COMPOSED = {"policy", "choosing", "plan", "privacy", "tls", "serve_tls", "throttle", "backoff"}
+_COMPOSED = {"policy", "choosing", "plan", "privacy", "secure", "tls", "serve_tls", "throttle", "backoff"}
 
 
 def _values(command: SettingsCommand, *arguments: str) -> dict[str, Any]:

@@ -13,6 +13,7 @@ CALLS = {
     "PushUpdate": lambda device, task: device.push(task),
     "QueryPush": lambda device, task: device.held(task),
     "Heartbeat": lambda device, task: device.beat(task),
+    "ExchangeParts": lambda device, task: device.exchange(task),
     "ReportFailure": lambda device, task: device.give_back(task),
 }
 

@@ -64,6 +64,7 @@ async def test_no_call_is_open_to_another_name(tmp_path, pki):
         "PollTask": pb.PollTaskRequest(worker="pi-1"),
         "Heartbeat": pb.HeartbeatRequest(worker="pi-1", token="t"),
         "QueryPush": pb.QueryPushRequest(worker="pi-1", token="t"),
+        "ExchangeParts": pb.ExchangePartsRequest(worker="pi-1", token="t"),
         "ReportFailure": pb.ReportFailureRequest(worker="pi-1", token="t"),
         "Leave": pb.LeaveRequest(worker="pi-1"),
     }

@@ -68,6 +68,7 @@ def test_devices_read_nothing_of_others_steer_nothing_and_admit_nobody():
             "Heartbeat",
             "PushUpdate",
             "QueryPush",
+            "ExchangeParts",
         }
         releases = {"PullVersion", "FollowReleases", "ReportRelease"}
         assert may == work | releases | {"ReportFailure", "Leave", "Renew", "Check", "Watch", "List"}

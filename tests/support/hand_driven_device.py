@@ -112,6 +112,13 @@ class HandDrivenDevice:
         request = pb.HeartbeatRequest(worker=worker or self.name, token=task.token, phase=phase, progress=progress)
         return await self.stub.Heartbeat(request)
 
+    async def exchange(self, task, **parts):
+        """One message of a secure sum, as in shares={"w1": ...}; without any: no shares at all."""
+        content = {kind: {"parts": each} for kind, each in (parts or {"shares": {}}).items()}
+        return await self.stub.ExchangeParts(
+            pb.ExchangePartsRequest(worker=self.name, token=task.token, wait=duration_to_proto(5.0), **content)
+        )
+
     async def give_back(self, task, reason="out of luck", worker=None):
         request = pb.ReportFailureRequest(worker=worker or self.name, token=task.token, reason=reason)
         return await self.stub.ReportFailure(request)

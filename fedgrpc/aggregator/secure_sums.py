@@ -1,0 +1,274 @@
+"""Secure sums of one run in its shell: they open with their tasks, hear devices, and end as the mean of a round.
+
+The rule: what devices are told is a function of the machine's `SecureSum`. No update of a device is decoded here,
+only the sum of all.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import secrets
+from collections.abc import Collection, Mapping
+from typing import Final
+
+import numpy as np
+import structlog
+
+from fedgrpc.aggregator import stored_sum
+from fedgrpc.aggregator.fold import Load
+from fedgrpc.aggregator.model_store import ModelStore
+from fedgrpc.aggregator.run_shell import RunShell
+from fedgrpc.aggregator.settings import AggregatorSettings
+from fedgrpc.aggregator.update_checks import MaskedWords
+from fedgrpc.codec.layout import Array, Layout, TensorRole
+from fedgrpc.errors import CodecError, LayoutError, RoundClosed, UpdateRefused
+from fedgrpc.privacy.masks import packed_bytes, unpack_words
+from fedgrpc.privacy.secure_round import Parts, SecurePhase
+from fedgrpc.privacy.secure_vector import SecureVector, bounds_after
+from fedgrpc.privacy.streams import word_dtype
+from fedgrpc.privacy.unmasking import SumLost
+from fedgrpc.protocol.durations import duration_from_proto
+from fedgrpc.protocol.secure import MASKED, parts_from_proto, parts_to_proto
+from fedgrpc.rounds.events import Selected
+from fedgrpc.rounds.policy import TaskKind
+from fedgrpc.runs.events import PartsSent
+from fedgrpc.runs.round_in_progress import RoundInProgress
+from fedgrpc.runs.secure_sum import SecureSum
+from fedgrpc.v1 import aggregator_pb2 as pb
+from fedgrpc.v1.privacy_pb2 import SecureQuestion
+
+log = structlog.get_logger()
+
+# Key of a model file's metadata: bounds of the next secure sum, by tensor.
+BOUNDS: Final = "secure_bounds"
+_SESSION_BYTES: Final = 16
+# Before there is a mean: this many times the value that all have in a difference as long as the clip norm.
+_FIRST_MARGIN: Final = 16.0
+# Words that are unpacked at a time: a multiple of eight, which take whole bytes.
+_PIECE_WORDS: Final = 1 << 18
+_PHASES: Final = {
+    "shares": SecurePhase.SHARING,
+    "proofs": SecurePhase.CONFIRMING,
+    "answers": SecurePhase.ANSWERING,
+}
+
+
+class SecureSums:
+    """The secure sums of one run. Without `--secure-aggregation` there are none."""
+
+    def __init__(self, shell: RunShell, settings: AggregatorSettings, models: ModelStore) -> None:
+        self._shell = shell
+        self._settings = settings
+        self._models = models
+        self._log = log.bind(run=settings.run_name)
+        # What devices may be told: a sum is stored first.
+        self._stored: SecureSum | None = None
+
+    async def open(self, round_: RoundInProgress, selected: Selected) -> SecureSum | None:
+        """Return the sum for the updates of these new tasks; None for a round that has none."""
+        settings, machine = self._settings, self._shell.machine
+        if not settings.secure.on or round_.kind is not TaskKind.TRAIN:
+            return None
+        names = [worker for _, worker in selected.tasks if worker in machine.keys]
+        vector = await asyncio.to_thread(self._vector, round_.base_version, machine.layout, len(names))
+        return SecureSum.opened(
+            {name: machine.keys[name] for name in names},
+            vector,
+            secrets.token_bytes(_SESSION_BYTES),
+            np.random.default_rng(secrets.randbits(128)),
+            colluding=settings.secure.secure_colluding,
+            least=settings.policy.quorum,
+            phase_s=settings.policy.lease_s,
+            now=self._shell.clock(),
+        )
+
+    def _vector(self, version: int, layout: Layout, count: int) -> SecureVector:
+        secure, clip_norm = self._settings.secure, self._settings.clip_norm
+        assert secure.secure_bits is not None
+        assert clip_norm is not None
+        shapes = {spec.name: spec.shape for spec in layout if spec.is_trained}
+        bounds = known_bounds(self._models.open(version).about(BOUNDS), shapes, clip_norm)
+        most = self._settings.max_examples or 1
+        return SecureVector(shapes, bounds, secure.secure_bits, secure.secure_weight_bits, max(1, count), most)
+
+    async def store(self, round_: RoundInProgress | None = None) -> None:
+        """Store the sum of the round in progress, or of `round_` before it is, and only then let devices know."""
+        shell = self._shell
+        round_ = shell.machine.current if round_ is None else round_
+        sum_ = round_.secure
+        if sum_ is None or sum_.phase is SecurePhase.ABANDONED:
+            return
+        await asyncio.to_thread(stored_sum.store, self._settings.data_dir, round_)
+        self._stored = sum_
+        state = sum_.state
+        about = {"shared": len(state.roster), "asked": len(state.arrived)}
+        self._log.info("secure sum", round=round_.number, phase=sum_.phase.name.lower(), **about)
+        shell.news()
+        for name in sum_.state.arrived:
+            shell.fleet.wake(name)
+
+    async def fits(self, number: int, kind: TaskKind) -> bool:
+        """Return whether an open round has a secure sum if, and only if, the settings want one now.
+
+        Else plain updates would be taken for masked ones, or the other way round. Raises `StorageError`.
+        """
+        wanted = self._settings.secure.on and kind is TaskKind.TRAIN
+        found = await asyncio.to_thread(stored_sum.recovered, self._settings.data_dir, number, (), 0.0)
+        return wanted == (found is not None)
+
+    async def recovered(self, round_: RoundInProgress) -> SecureSum | None:
+        """Return the sum of a round that a former process left open; None: it has none. Raises `StorageError`."""
+        tasks = round_.state.tasks
+        arrived = {tasks[token].worker for token in round_.state.accepted}
+        policy = self._settings.policy
+        due_at = self._shell.clock() + max(policy.lease_s, policy.reconnect_grace_s)
+        self._stored = await asyncio.to_thread(
+            stored_sum.recovered, self._settings.data_dir, round_.number, arrived, due_at
+        )
+        return self._stored
+
+    def _may_tell(self, sum_: SecureSum) -> bool:
+        """Return whether roster and question are stored as they are now."""
+        stored = self._stored
+        if stored is None or stored.state.session != sum_.state.session:
+            return False
+        return (stored.state.roster, stored.state.arrived) == (sum_.state.roster, sum_.state.arrived)
+
+    def question_for(self, worker: str) -> str | None:
+        """Return the token of the task that the worker is to answer for now."""
+        round_ = self._shell.machine.round
+        if round_ is None or round_.secure is None or not self._may_tell(round_.secure):
+            return None
+        return self._shell.machine.question_for(worker)
+
+    def question(self, worker: str, token: str) -> SecureQuestion | None:
+        """Return the question to the worker of a task; None: there is none."""
+        machine = self._shell.machine
+        if self.question_for(worker) != token or machine.current.secure is None:
+            return None
+        arrived = sorted(machine.current.secure.state.arrived)
+        return SecureQuestion(token=token, run_id=machine.id, arrived=arrived)
+
+    async def exchange(self, request: pb.ExchangePartsRequest) -> pb.ExchangePartsResponse:
+        """Take what a device sends in a phase, and return what it is told next, as soon as that is known.
+
+        Raises as `ExchangeParts` in aggregator.proto says.
+        """
+        shell, kind = self._shell, request.WhichOneof("content")
+        if kind is None:
+            raise LayoutError("a device sends shares, proofs or answers of a secure sum")
+        await shell.check_open(request.worker, request.token)
+        parts = parts_from_proto(getattr(request, kind))
+        shell.apply(PartsSent(request.token, _PHASES[kind], parts))
+        if kind == "answers":
+            return pb.ExchangePartsResponse(ready=True)
+        wait_s = min(duration_from_proto(request.wait), self._settings.poll_wait_s)
+        try:
+            async with asyncio.timeout(wait_s):
+                return await self._told(request.worker, request.token, kind)
+        except TimeoutError:
+            return pb.ExchangePartsResponse(ready=False)
+
+    async def _told(self, worker: str, token: str, kind: str) -> pb.ExchangePartsResponse:
+        seen = -1
+        while True:
+            sum_ = self._sum_of(token)
+            state = sum_.state
+            if not self._may_tell(sum_):
+                seen = await self._shell.changes.wait(seen)
+                continue
+            if kind == "shares" and state.phase is not SecurePhase.SHARING:
+                if worker not in state.roster:
+                    raise RoundClosed("the secure sum goes on without this device")
+                return _response(state.boxes_for(worker), state.roster)
+            if kind == "proofs" and state.phase is not SecurePhase.CONFIRMING:
+                if worker not in state.able:
+                    raise RoundClosed("the secure sum goes on without the answer of this device")
+                return _response(state.proofs_for(worker))
+            seen = await self._shell.changes.wait(seen)
+
+    def _sum_of(self, token: str) -> SecureSum:
+        """Return the sum of a task. Raises `RoundClosed` once it is abandoned or over."""
+        round_ = self._shell.machine.round_of(token)
+        if round_.secure is None or round_.state.phase.final:
+            raise RoundClosed(f"the secure sum of this task is over: {round_.state.reason}")
+        return round_.secure
+
+    def expected_words(self, round_: RoundInProgress, worker: str) -> MaskedWords | None:
+        """Return what a masked update of this worker holds; None where updates travel as they are.
+
+        Raises `UpdateRefused` for a worker whose masks would not cancel.
+        """
+        if round_.secure is None:
+            return None
+        if worker not in round_.secure.state.roster:
+            raise UpdateRefused("this device is not on the roster of the secure sum")
+        return MaskedWords(round_.secure.vector.size, round_.secure.vector.sum_bits)
+
+
+def _response(parts: Parts, roster: Collection[str] = ()) -> pb.ExchangePartsResponse:
+    return pb.ExchangePartsResponse(ready=True, roster=sorted(roster), parts=parts_to_proto(parts))
+
+
+def known_bounds(text: str, shapes: Mapping[str, tuple[int, ...]], clip_norm: float) -> dict[str, float]:
+    """Return the bound of each tensor: as the last mean left it in a model's metadata, else by the clip norm.
+
+    A difference as long as the clip norm whose values are all alike has values of clip_norm / sqrt(size).
+    """
+    size = sum(int(np.prod(shape, dtype=np.int64)) for shape in shapes.values())
+    first = min(clip_norm, _FIRST_MARGIN * clip_norm / max(1, size) ** 0.5)
+    known = json.loads(text) if text else {}
+    return {name: min(clip_norm, float(known.get(name, first))) for name in shapes}
+
+
+def bounds_text(means: Mapping[str, Array], clip_norm: float) -> str:
+    """Return the bounds of the next sum as a model's metadata has them."""
+    return json.dumps(bounds_after(means, clip_norm), sort_keys=True)
+
+
+def complaint(layout: Layout) -> str:
+    """Say which tensor of a model no secure sum can add; "": none."""
+    if layout and not any(spec.is_trained for spec in layout):
+        return "secure_aggregation needs a model with trained tensors"
+    for spec in layout:
+        if not spec.is_trained and spec.role is not TensorRole.CONSTANT:
+            return (
+                f"tensor {spec.name!r} is a {spec.role}, which no secure sum can add: secure_aggregation needs "
+                "a model without such tensors, as with GroupNorm in place of BatchNorm"
+            )
+    return ""
+
+
+def unmasked_sum(sum_: SecureSum, updates: Collection[str], load: Load) -> Array:
+    """Return the sum of these masked updates, by token, without their masks: integers modulo 2^bits.
+
+    Raises `UpdateRefused` where it cannot be had, and as reading updates does. Memory: one sum and one update.
+    """
+    state, bits = sum_.state, sum_.vector.sum_bits
+    total = np.zeros(sum_.vector.size, word_dtype(bits))
+    for token in updates:
+        _add_masked(total, load, token, bits)
+    try:
+        masks = state.unmasking.masks(state.arrived, state.answers, bits)
+    except SumLost as error:
+        raise UpdateRefused(f"the secure sum is lost: {error}") from error
+    for start in range(0, total.size, _PIECE_WORDS):
+        piece = slice(start, start + _PIECE_WORDS)
+        total[piece] = masks.add_to(total[piece])
+    return total
+
+
+def _add_masked(total: Array, load: Load, token: str, bits: int) -> None:
+    update = load(token)
+    try:
+        update.check()
+        with update.open() as reader:
+            packed = reader.tensor(MASKED)
+        for start in range(0, total.size, _PIECE_WORDS):
+            piece = total[start : start + _PIECE_WORDS]
+            first = start * bits // 8
+            piece += unpack_words(packed[first : first + packed_bytes(piece.size, bits)], piece.size, bits)
+    except CodecError as error:
+        # The masks of all others count on it.
+        raise UpdateRefused(f"a masked update cannot be read, and the sum is lost with it: {error}") from error

@@ -1,0 +1,107 @@
+"""Secure sum of the open round in the data folder, so that a restarted aggregator goes on with it.
+
+    secure_sum    JSON: the round, its devices with their keys and places; later roster, shares and question too
+
+The rule: roster and question are here before a device is told. Proofs and answers are not: devices send the same
+ones again.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any, Final
+
+from fedgrpc.errors import StorageError, UsageError
+from fedgrpc.privacy.one_time_keys import PublicKeys
+from fedgrpc.privacy.secure_round import SecurePhase, SecureRound
+from fedgrpc.privacy.secure_vector import SecureVector
+from fedgrpc.runs.round_in_progress import RoundInProgress
+from fedgrpc.runs.secure_sum import SecureSum
+from fedgrpc.storage.files import storage_errors, write_file
+
+FILE: Final = "secure_sum"
+
+
+def store(folder: Path, round_: RoundInProgress) -> None:
+    """Store the secure sum of a round, durably. Raises `StorageError`."""
+    assert round_.secure is not None
+    text = json.dumps({"round": round_.number, **_described(round_.secure)}).encode()
+    with storage_errors(folder / FILE):
+        write_file(folder / FILE, text, private=True)
+
+
+def recovered(folder: Path, number: int, arrived: Collection[str], due_at: float) -> SecureSum | None:
+    """Return the sum of round `number`; None where no process has stored it.
+
+    `arrived` are the workers whose updates are in the folder. The phase that it was in ends at `due_at`. Raises
+    `StorageError` for a damaged file.
+    """
+    path = folder / FILE
+    with storage_errors(path, "read"):
+        text = path.read_bytes() if path.exists() else b""
+    try:
+        told = json.loads(text) if text else {"round": None}
+        return None if told["round"] != number else _sum_of(told, frozenset(arrived), due_at)
+    except (ValueError, KeyError, TypeError, UsageError) as error:
+        raise StorageError(f"{path} is damaged: {error}") from error
+
+
+def _described(sum_: SecureSum) -> dict[str, Any]:
+    state, vector = sum_.state, sum_.vector
+    asked = state.phase not in (SecurePhase.SHARING, SecurePhase.MASKING)
+    return {
+        "session": state.session.hex(),
+        "least": state.least,
+        "phase_s": sum_.phase_s,
+        "devices": {
+            name: {
+                "keys": [keys.masking.hex(), keys.sealing.hex(), keys.seed_check.hex()],
+                "neighbours": list(state.graph[name]),
+                "point": state.points[name],
+                "threshold": state.thresholds[name],
+            }
+            for name, keys in state.keys.items()
+        },
+        "vector": {
+            "tensors": [[name, list(shape), vector.bounds[name]] for name, shape in vector.shapes.items()],
+            "bits": vector.bits,
+            "weight_bits": vector.weight_bits,
+            "count": vector.count,
+            "most_examples": vector.most_examples,
+        },
+        "roster": sorted(state.roster),
+        # Of no use before there is a roster: those who have shared share again.
+        "boxes": {name: {to: box.hex() for to, box in state.boxes[name].items()} for name in sorted(state.roster)},
+        "arrived": sorted(state.arrived) if asked else None,
+    }
+
+
+def _sum_of(told: dict[str, Any], uploaded: frozenset[str], due_at: float) -> SecureSum:
+    devices, vector = told["devices"], told["vector"]
+    roster = frozenset(told["roster"])
+    asked = None if told["arrived"] is None else frozenset(told["arrived"])
+    phase = SecurePhase.SHARING if not roster else SecurePhase.MASKING if asked is None else SecurePhase.CONFIRMING
+    state = SecureRound(
+        bytes.fromhex(told["session"]),
+        {name: PublicKeys(*map(bytes.fromhex, each["keys"])) for name, each in devices.items()},
+        {name: tuple(each["neighbours"]) for name, each in devices.items()},
+        {name: each["point"] for name, each in devices.items()},
+        {name: each["threshold"] for name, each in devices.items()},
+        told["least"],
+        phase,
+        {name: {to: bytes.fromhex(box) for to, box in boxes.items()} for name, boxes in told["boxes"].items()},
+        roster,
+        uploaded & roster,
+        asked or frozenset(),
+    )
+    summed = SecureVector(
+        {name: tuple(shape) for name, shape, _ in vector["tensors"]},
+        {name: bound for name, _, bound in vector["tensors"]},
+        vector["bits"],
+        vector["weight_bits"],
+        vector["count"],
+        vector["most_examples"],
+    )
+    return SecureSum(state, summed, told["phase_s"], None if phase is SecurePhase.MASKING else due_at)

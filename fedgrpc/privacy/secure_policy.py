@@ -1,0 +1,40 @@
+"""Settings of secure aggregation, and what they refuse."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from fedgrpc.errors import UsageError
+from fedgrpc.privacy.secure_sum import LEAST_NEIGHBOURS
+
+# The sum of two devices tells each of them the other's update.
+LEAST_DEVICES = LEAST_NEIGHBOURS + 1
+
+
+@dataclass(frozen=True)
+class SecurePolicy:
+    """Rules by which a run adds up masked updates. Raises `UsageError`.
+
+    Values of updates become integers of `secure_bits`; None: updates travel as they are. With `secure_weight_bits`
+    an update weighs its examples, up to `max_examples`, in so many bits; with 0 all weigh the same.
+    `secure_colluding` neighbours of a device may work with the aggregator and learn nothing more.
+    """
+
+    secure_bits: int | None = None
+    secure_weight_bits: int = 0
+    secure_colluding: int = 0
+
+    def __post_init__(self) -> None:
+        if self.secure_bits is not None and not 2 <= self.secure_bits <= 24:
+            raise UsageError(f"secure_aggregation is a number of bits from 2 to 24, not {self.secure_bits}")
+        if not 0 <= self.secure_weight_bits <= 16:
+            raise UsageError(f"secure_weight_bits is a number from 0 to 16, not {self.secure_weight_bits}")
+        if self.secure_colluding < 0:
+            raise UsageError(f"secure_colluding is a number from 0, not {self.secure_colluding}")
+        if not self.on and (self.secure_weight_bits or self.secure_colluding):
+            raise UsageError("secure_weight_bits and secure_colluding go with secure_aggregation")
+
+    @property
+    def on(self) -> bool:
+        """True if updates are masked."""
+        return self.secure_bits is not None

@@ -1,0 +1,131 @@
+"""Secure sums as messages: one-time keys, what a device needs for its part, the question, and the parts it sends.
+
+The rule: every name, count and size from a peer is bounded here. What the values mean is checked by
+`fedgrpc.privacy`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from math import prod
+from typing import Final
+
+from fedgrpc.codec.layout import MAX_NAME_CHARS
+from fedgrpc.errors import LayoutError, UsageError
+from fedgrpc.privacy.one_time_keys import PublicKeys
+from fedgrpc.privacy.secure_sum import Circle
+from fedgrpc.privacy.secure_vector import SecureVector
+from fedgrpc.runs.secure_sum import SecureSum
+from fedgrpc.v1 import privacy_pb2
+
+# The one tensor of a masked update: bytes of `pack_words`.
+MASKED: Final = "masked"
+# A device's neighbours, and all devices of a sum.
+_MOST_NEIGHBOURS: Final = 1024
+_MOST_DEVICES: Final = 1 << 20
+_MOST_TENSORS: Final = 1 << 16
+_MOST_ELEMENTS: Final = 1 << 36
+_MOST_PART_BYTES: Final = 256
+_MOST_NAME_CHARS: Final = 64
+_MOST_SESSION_BYTES: Final = 64
+
+
+@dataclass(frozen=True)
+class SecureTerms:
+    """A device's part in a secure sum: the circle of its neighbours, its own keys, and the vector it adds to."""
+
+    circle: Circle
+    keys: PublicKeys
+    vector: SecureVector
+
+
+def keys_to_proto(keys: PublicKeys) -> privacy_pb2.OneTimeKeys:
+    """Return the message of a device's public keys."""
+    return privacy_pb2.OneTimeKeys(masking=keys.masking, sealing=keys.sealing, seed_check=keys.seed_check)
+
+
+def keys_from_proto(message: privacy_pb2.OneTimeKeys) -> PublicKeys:
+    """Return the public keys. Raises `UpdateRefused` for keys of another size."""
+    return PublicKeys(message.masking, message.sealing, message.seed_check)
+
+
+def secure_task_to_proto(sum_: SecureSum, worker: str) -> privacy_pb2.SecureTask:
+    """Return what `worker` needs to take part in the sum."""
+    state, vector = sum_.state, sum_.vector
+    return privacy_pb2.SecureTask(
+        session=state.session,
+        keys=keys_to_proto(state.keys[worker]),
+        point=state.points[worker],
+        threshold=state.thresholds[worker],
+        neighbours=[
+            privacy_pb2.SecureNeighbour(
+                worker=name, point=state.points[name], keys=keys_to_proto(state.keys[name])
+            )
+            for name in state.graph[worker]
+        ],
+        bits=vector.bits,
+        weight_bits=vector.weight_bits,
+        count=vector.count,
+        most_examples=vector.most_examples if vector.weight_bits else 0,
+        tensors=[
+            privacy_pb2.SecureTensor(name=name, shape=shape, bound=vector.bounds[name])
+            for name, shape in vector.shapes.items()
+        ],
+    )
+
+
+def secure_terms_from_proto(message: privacy_pb2.SecureTask, worker: str, colluding: int = 0) -> SecureTerms:
+    """Return the part of this device, `worker`, in a secure sum.
+
+    Raises `LayoutError` for absurd numbers, and `UpdateRefused` for a circle that this device does not join.
+    """
+    if len(message.neighbours) > _MOST_NEIGHBOURS or len(message.tensors) > _MOST_TENSORS:
+        raise LayoutError("the task has too many neighbours or tensors for a secure sum")
+    if not 1 <= len(message.session) <= _MOST_SESSION_BYTES or not 1 <= message.count <= _MOST_DEVICES:
+        raise LayoutError("the task names no secure sum: its session or its count cannot be")
+    neighbours = {each.worker: keys_from_proto(each.keys) for each in message.neighbours}
+    if len(neighbours) < len(message.neighbours):
+        raise LayoutError("the task names a neighbour twice")
+    points = {each.worker: each.point for each in message.neighbours}
+    circle = Circle(
+        message.session, worker, neighbours, {**points, worker: message.point}, message.threshold, colluding
+    )
+    return SecureTerms(circle, keys_from_proto(message.keys), _vector(message))
+
+
+def _vector(message: privacy_pb2.SecureTask) -> SecureVector:
+    shapes = {each.name: tuple(each.shape) for each in message.tensors}
+    if len(shapes) < len(message.tensors) or any(len(name) > MAX_NAME_CHARS for name in shapes):
+        raise LayoutError("the tensors of a secure sum have names of their own")
+    if sum(map(prod, shapes.values())) > _MOST_ELEMENTS:
+        raise LayoutError("the vector of this secure sum is too long")
+    bounds = {each.name: each.bound for each in message.tensors}
+    try:
+        return SecureVector(
+            shapes, bounds, message.bits, message.weight_bits, message.count, message.most_examples or 1
+        )
+    except UsageError as error:
+        raise LayoutError(f"the task asks for a secure sum that cannot be: {error}") from None
+
+
+def parts_to_proto(parts: Mapping[str, bytes]) -> privacy_pb2.SecureParts:
+    """Return the message of what a device sends to its neighbours."""
+    return privacy_pb2.SecureParts(parts=parts)
+
+
+def parts_from_proto(message: privacy_pb2.SecureParts) -> dict[str, bytes]:
+    """Return parts by name. Raises `LayoutError` for more or longer ones than any phase has."""
+    if len(message.parts) > _MOST_NEIGHBOURS or any(
+        len(part) > _MOST_PART_BYTES for part in message.parts.values()
+    ):
+        raise LayoutError("these are no parts of a secure sum: they are too many or too long")
+    return dict(message.parts)
+
+
+def names_from_proto(names: Iterable[str]) -> frozenset[str]:
+    """Return the devices of a roster or a question. Raises `LayoutError` for absurd ones."""
+    found = frozenset(names)
+    if len(found) > _MOST_DEVICES or any(not 0 < len(name) <= _MOST_NAME_CHARS for name in found):
+        raise LayoutError("these are no names of devices")
+    return found

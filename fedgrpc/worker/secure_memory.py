@@ -1,0 +1,149 @@
+"""Device's memory of secure sums on its disk: the keys that it has deposited, and what it has fixed in each sum.
+
+    secure/key        the 32 bytes from which the keys of the next sum follow
+    secure/TOKEN      one sum: its keys, and what `fedgrpc.privacy.secure_task` fixes, by the SHA-256 of its token
+
+The rule: what is fixed is on the disk, durably, before anything that follows from it is sent. A key leaves `key`
+before it is used, so no key is in two sums. A file that is gone or damaged answers nothing: that is safe. Blocks.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import secrets
+from pathlib import Path
+from typing import Any, Final
+
+from fedgrpc.errors import UpdateRefused
+from fedgrpc.privacy.one_time_keys import PublicKeys, Secrets
+from fedgrpc.privacy.secure_sum import Circle
+from fedgrpc.privacy.secure_task import KeyRing, SecureTask
+from fedgrpc.privacy.streams import KEY_BYTES
+from fedgrpc.storage.files import make_private, storage_errors, write_file
+
+# Sums that may still be asked about. Of older ones the memory is removed, and with it every answer.
+_KEPT_SUMS: Final = 8
+
+
+class SecureMemory:
+    """The secure sums of one run on this device. Raises `StorageError` where its folder cannot be used."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._ring: KeyRing | None = None
+
+    def public_keys(self) -> PublicKeys:
+        """Return the keys for the next sum; new ones are on the disk before they are told."""
+        ring = self._loaded()
+        if not ring.unused:
+            ring = ring.filled(1, secrets.token_bytes)
+            self._write("key", ring.unused[0].master)
+            self._ring = ring
+        return ring.unused[0].public
+
+    def begin(self, token: str, circle: Circle, keys: PublicKeys) -> SecureTask:
+        """Return this device's part in the sum of a task, as far as it has come.
+
+        Raises `UpdateRefused` for keys that were used or are not this device's, and for another circle than
+        before.
+        """
+        known = self._read(token)
+        if known is not None:
+            if known.circle.digest != circle.digest:
+                raise UpdateRefused("this round has another circle by now: a device takes one")
+            return known
+        ring, own = self._loaded().take(keys)
+        # The key first: a crash in between loses this sum, and never uses a key twice.
+        with storage_errors(self._folder):
+            (self._folder / "key").unlink(missing_ok=True)
+        self._ring = ring
+        begun = SecureTask(circle, own)
+        self.fix(token, begun)
+        self._forget_old()
+        return begun
+
+    def of(self, token: str) -> SecureTask:
+        """Return this device's part in the sum of a task. Raises `UpdateRefused` where there is none."""
+        known = self._read(token)
+        if known is None:
+            raise UpdateRefused("this device knows nothing of that secure sum")
+        return known
+
+    def fix(self, token: str, task: SecureTask) -> SecureTask:
+        """Store what is fixed of a sum, durably, and return it."""
+        self._write(_name_of(token), json.dumps(_described(task)).encode())
+        return task
+
+    def _loaded(self) -> KeyRing:
+        if self._ring is None:
+            with storage_errors(self._folder):
+                path = self._folder / "key"
+                master = path.read_bytes() if path.exists() else b""
+            self._ring = KeyRing((Secrets(master),)) if len(master) == KEY_BYTES else KeyRing()
+        return self._ring
+
+    def _read(self, token: str) -> SecureTask | None:
+        path = self._folder / _name_of(token)
+        with storage_errors(self._folder):
+            text = path.read_bytes() if path.exists() else None
+        if text is None:
+            return None
+        try:
+            return _task_of(json.loads(text))
+        except (ValueError, KeyError, TypeError) as error:
+            raise UpdateRefused(f"the memory of a secure sum is damaged: {path}") from error
+
+    def _write(self, name: str, content: bytes) -> None:
+        with storage_errors(self._folder):
+            make_private(self._folder)
+            write_file(self._folder / name, content, private=True)
+
+    def _forget_old(self) -> None:
+        with storage_errors(self._folder):
+            sums = [path for path in self._folder.iterdir() if len(path.name) == 64]
+            for path in sorted(sums, key=lambda each: each.stat().st_mtime)[:-_KEPT_SUMS]:
+                path.unlink()
+
+
+def _name_of(token: str) -> str:
+    return hashlib.sha256(token.encode()).hexdigest()
+
+
+def _described(task: SecureTask) -> dict[str, Any]:
+    circle = task.circle
+    return {
+        "master": task.secrets.master.hex(),
+        "session": circle.session.hex(),
+        "name": circle.name,
+        "neighbours": {
+            name: [keys.masking.hex(), keys.sealing.hex(), keys.seed_check.hex()]
+            for name, keys in circle.neighbours.items()
+        },
+        "points": dict(circle.points),
+        "threshold": circle.threshold,
+        "colluding": circle.colluding,
+        "roster": None if task.roster is None else sorted(task.roster),
+        "sealed": {name: box.hex() for name, box in task.sealed.items()},
+        "masked_digest": task.masked_digest.hex(),
+        "arrived": None if task.arrived is None else sorted(task.arrived),
+    }
+
+
+def _task_of(told: dict[str, Any]) -> SecureTask:
+    circle = Circle(
+        bytes.fromhex(told["session"]),
+        told["name"],
+        {name: PublicKeys(*map(bytes.fromhex, keys)) for name, keys in told["neighbours"].items()},
+        told["points"],
+        told["threshold"],
+        told["colluding"],
+    )
+    return SecureTask(
+        circle,
+        Secrets(bytes.fromhex(told["master"])),
+        None if told["roster"] is None else frozenset(told["roster"]),
+        {name: bytes.fromhex(box) for name, box in told["sealed"].items()},
+        bytes.fromhex(told["masked_digest"]),
+        None if told["arrived"] is None else frozenset(told["arrived"]),
+    )

@@ -1,0 +1,119 @@
+"""Device's part in a secure sum: it shares while it trains, masks its update, and answers when it is asked.
+
+The rule: each step is in `SecureMemory` before the aggregator hears of it. A call that is lost is made again with
+the same bytes.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
+from typing import Final
+
+import numpy as np
+import structlog
+
+from fedgrpc.codec.layout import Array
+from fedgrpc.errors import FedgrpcError, NameTaken
+from fedgrpc.privacy.masks import pack_words, packed_bytes
+from fedgrpc.protocol.secure import SecureTerms, names_from_proto
+from fedgrpc.rpc.retry import Backoff, Retries
+from fedgrpc.v1 import privacy_pb2
+from fedgrpc.worker.client import AggregatorClient, Told
+from fedgrpc.worker.secure_memory import SecureMemory
+
+_WAIT_S: Final = 10.0
+_AFTER_LOST_CALL: Final = Backoff(first_s=0.2, cap_s=5.0)
+# A multiple of eight words, which take whole bytes.
+_PIECE_WORDS: Final = 1 << 18
+
+log = structlog.get_logger()
+
+
+class SecurePart:
+    """The part of this device in the sum of one task, until its update is masked."""
+
+    def __init__(self, memory: SecureMemory, client: AggregatorClient, token: str, terms: SecureTerms) -> None:
+        self._memory = memory
+        self._client = client
+        self._token = token
+        self._terms = terms
+
+    async def share(self) -> None:
+        """Send the shares of this device's secrets, and fix the roster that comes back.
+
+        Raises `UpdateRefused` for a sum that this device does not join, and what is final of `ExchangeParts`.
+        """
+        task = await asyncio.to_thread(self._memory.begin, self._token, self._terms.circle, self._terms.keys)
+        shares = await asyncio.to_thread(task.sealed_shares)
+        retries = Retries(_AFTER_LOST_CALL)
+        while True:
+            try:
+                told = await self._client.exchange(self._token, "shares", shares, _WAIT_S)
+            except FedgrpcError as error:
+                # Training continues over a lost link. Who gives a task up is told by the heartbeats.
+                if not error.retryable or isinstance(error, NameTaken):
+                    raise
+                await asyncio.sleep(retries.next_delay_s())
+                continue
+            if told.ready:
+                break
+        fixed = await asyncio.to_thread(task.with_roster, told.roster, told.parts)
+        await asyncio.to_thread(self._memory.fix, self._token, fixed)
+
+    def masked(self, update: Mapping[str, Array], examples: int, rng: np.random.Generator) -> Array:
+        """Return the masked vector of an update as bytes, uint8; `rng` draws its rounding. Slow.
+
+        Raises `LayoutError` for tensors that are not those of the task, `EncodeError` for values that are not
+        finite, and `UpdateRefused` once another update has the masks.
+        """
+        vector = self._terms.vector
+        bits, masks = vector.sum_bits, self._memory.of(self._token).masks(vector.sum_bits)
+        packed, at = np.empty(packed_bytes(vector.size, bits), np.uint8), 0
+        words = np.empty(0, np.uint64)
+        for piece in vector.pieces({name: update[name] for name in vector.shapes}, examples, rng):
+            words = np.concatenate([words, masks.add_to(piece).astype(np.uint64)])
+            whole = words.size // _PIECE_WORDS * _PIECE_WORDS
+            for start in range(0, whole, _PIECE_WORDS):
+                at = _put(packed, at, words[start : start + _PIECE_WORDS], bits)
+            words = words[whole:]
+        _put(packed, at, words, bits)
+        return packed
+
+
+def _put(packed: Array, at: int, words: Array, bits: int) -> int:
+    data = pack_words(words, bits)
+    packed[at : at + data.size] = data
+    return at + data.size
+
+
+@asynccontextmanager
+async def sharing(part: SecurePart | None) -> AsyncIterator[asyncio.Task[None] | None]:
+    """Share in the background while the block runs; None where the task is of no secure sum."""
+    if part is None:
+        yield None
+        return
+    task = asyncio.create_task(part.share())
+    try:
+        yield task
+    finally:
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+
+
+async def answer(memory: SecureMemory, client: AggregatorClient, question: privacy_pb2.SecureQuestion) -> None:
+    """Confirm the question to the neighbours, and answer it once a threshold of them were asked the same.
+
+    Raises `UpdateRefused` for a question that would tell too much, and as `ExchangeParts`.
+    """
+    token, arrived = question.token, names_from_proto(question.arrived)
+    known = await asyncio.to_thread(memory.of, token)
+    asked = await asyncio.to_thread(known.with_question, arrived)
+    await asyncio.to_thread(memory.fix, token, asked)
+    told = Told(False, frozenset(), {})
+    proofs = await asyncio.to_thread(asked.confirmations)
+    while not told.ready:
+        told = await client.exchange(token, "proofs", proofs, _WAIT_S)
+    answers = await asyncio.to_thread(asked.answer, told.parts)
+    await client.exchange(token, "answers", answers, _WAIT_S)
