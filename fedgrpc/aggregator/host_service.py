@@ -151,7 +151,8 @@ class HostService(aggregator_pb2_grpc.AggregatorServicer):
         told, held = self._told_of(worker, request).get(run.id), None
         if told is not None and told.held_version:
             held = told.held_version, checked_digest(told.held_digest)
-        model = await run.service.model_along(worker.name, token, held, request.model_bytes)
+        with run.calling():
+            model = await run.service.model_along(worker.name, token, held, request.model_bytes)
         return pb.PollTaskResponse(task=task, model=model)
 
     async def PollTasks(
