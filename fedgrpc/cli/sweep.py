@@ -65,7 +65,7 @@ def _run(**values: Any) -> None:
 def tidy_rows(points: Sequence[Point], results: Results) -> list[dict[str, Any]]:
     """Return one row for each version of each point, with the settings of the point in columns of their own."""
     return [
-        {"point": point.number, "seed": point.seed, **point.changes, **row.to_dict()}
+        {"point": point.number, "seed": point.seed, **point.choices, **row.to_dict()}
         for point in points
         for row in results[point.folder]
     ]

@@ -7,10 +7,10 @@ weights of a task are loaded. A module that cannot be built so is built whole on
 
 from __future__ import annotations
 
-import copy
 import math
 import mmap
 from collections.abc import Callable, Iterator, Mapping
+from functools import cached_property
 from typing import Any
 
 import structlog
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from fedgrpc.codec.layout import Layout
 from fedgrpc.torch.early_exits import holding
+from fedgrpc.torch.module_copies import ModuleCopies, with_tensors
 from fedgrpc.torch.weights import (
     Names,
     check_tensors,
@@ -54,17 +55,15 @@ class ModuleBuilder:
             check_tensors(module, with_values=False)
         self.names = Names.of(module)
         self.layout: Layout = module_layout(module)
-        self.module = module if self.is_empty(module) else module.to(device)
+        empty = self.is_empty(module)
+        self.module = module if empty else module.to(device)
+        # The module with values that is kept from task to task; None where each task builds its own.
+        self.whole = None if empty else self.module
 
     @staticmethod
     def is_empty(module: nn.Module) -> bool:
         """Return whether the module has no values."""
         return any(tensor.is_meta for tensor in named_tensors(module).values())
-
-    @property
-    def whole(self) -> nn.Module | None:
-        """The module with values that is kept from task to task; None where each task builds its own."""
-        return None if self.is_empty(self.module) else self.module
 
     def initial(self) -> nn.Module:
         """Build the whole model with its initial values, on the CPU. Raises UsageError as `check_tensors`."""
@@ -93,15 +92,25 @@ class ModuleBuilder:
         """
         module = holding(uncompiled(self.module), shapes)
         made: dict[int, Tensor] = {}
-        for names, tensors in shared_memory(module):
+        for names, tensors in self._state if module is self.module else shared_memory(module):
             name, own = min(names), tensors[0]
             memory = torch.empty(
                 shapes[name], dtype=own.dtype, device=self._device, memory_format=_memory_format(own)
             )
             memory.copy_(tensor_like(name, weights[name], own, shapes[name]))
             made |= {id(tensor): _as(tensor, memory) for tensor in tensors}
-        filled = with_tensors(module, made)
+        # A module with values is copied as it is now, with what its last training has left in it.
+        as_built = self.whole is None and module is self.module
+        filled = self._copies.copy(made) if as_built else with_tensors(module, made)
         return filled if self._device.type == "cpu" else filled.to(self._device)
+
+    @cached_property
+    def _copies(self) -> ModuleCopies:
+        return ModuleCopies(self.module)
+
+    @cached_property
+    def _state(self) -> list[tuple[list[str], list[Tensor]]]:
+        return shared_memory(self.module)
 
 
 def _memory_format(tensor: Tensor) -> torch.memory_format:
@@ -124,14 +133,6 @@ def unwritten_zeros(shape: Shape, dtype: torch.dtype) -> Tensor:
         return torch.zeros(shape, dtype=dtype)
     memory = mmap.mmap(-1, count * dtype.itemsize, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     return torch.frombuffer(memory, dtype=dtype, count=count).view(shape)
-
-
-def with_tensors(module: nn.Module, tensors: Mapping[int, Tensor]) -> nn.Module:
-    """Copy `module` with other tensors in place of those with these ids, which are not copied."""
-    # `deepcopy` takes what its memo has in place of a copy, at every place in the module where the tensor occurs.
-    # So tied tensors stay tied.
-    memo: dict[int, object] = dict(tensors)
-    return copy.deepcopy(module, memo)
 
 
 def _as(tensor: Tensor, memory: Tensor) -> Tensor:

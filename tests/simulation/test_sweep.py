@@ -39,11 +39,31 @@ def test_a_grid_has_every_combination_with_every_seed() -> None:
     assert {point.experiment.learning.seed for point in points} == {1, 2}
 
 
+def test_a_choice_changes_several_settings_at_once() -> None:
+    rules = {"all": {"aggregator": {"deadline": "1h"}}, "short": {"aggregator": {"deadline": "5m", "quorum": 2}}}
+    points = _points(grid={"aggregator": {"epochs": [1, 2]}}, choices={"rule": rules}, hours=3)
+    assert [point.label for point in points] == [
+        f"epochs={epochs}, rule={rule}" for epochs in (1, 2) for rule in ("all", "short")
+    ]
+    policies = [point.experiment.settings.policy for point in points[:2]]
+    assert [(each.deadline_s, each.quorum) for each in policies] == [(3600.0, 1), (300.0, 2)]
+    assert {point.hours for point in points} == {3}
+
+
+@pytest.mark.faults
+def test_points_of_a_sweep_end_after_its_hours(tmp_path: Path) -> None:
+    grid = {"aggregator": {"rounds": [1000]}}
+    results = play_points(_points(grid=grid, hours=0.02), tmp_path, 1)
+    (rows,) = results.values()
+    assert 2 <= len(rows) < 1000
+    assert rows[-1].virtual_h <= 0.02
+
+
 def test_a_random_search_draws_some_points_and_the_same_ones_again() -> None:
     some = _points(search="random", samples=3, seed=5)
     assert len(some) == 3
-    assert [point.changes for point in some] == [
-        point.changes for point in _points(search="random", samples=3, seed=5)
+    assert [point.choices for point in some] == [
+        point.choices for point in _points(search="random", samples=3, seed=5)
     ]
 
 
@@ -55,6 +75,10 @@ def test_a_random_search_draws_some_points_and_the_same_ones_again() -> None:
         ({"seeds": []}, "seeds"),
         ({"samples": 3}, "random"),
         ({"grids": {}}, "grids"),
+        ({"hours": 0}, "hours"),
+        ({"choices": {"rule": {}}}, "rule"),
+        ({"choices": {"rule": {"short": {"aggregator": 3}}}}, "rule"),
+        ({"choices": {"rule": {"short": {"aggregator": {"epochs": 3}}}}}, "two axes"),
     ],
 )
 def test_a_bad_grid_is_refused_before_anything_is_played(document: dict[str, Any], complaint: str) -> None:

@@ -31,18 +31,25 @@ from fedgrpc.simulation.learning.versions import VersionRow, version_rows
 
 MOST_POINTS: Final = 10_000
 _DONE: Final = "versions.json"
+_AXES: Final = ("grid", "choices")
 
 # Builds an experiment from the content of its file.
 ReadExperiment = Callable[[Mapping[str, Any]], Experiment]
 # The settings that a point changes, by TABLE.KEY.
 Changes = dict[str, Any]
+# Values of one axis, by the name that tables show: the settings that each changes.
+Axis = dict[Any, Changes]
 
 
 @dataclass(frozen=True)
 class Search:
-    """Which points of the grid are played: all, or `samples` of them by lot; each with every one of `seeds`."""
+    """Which points of the grid are played: all, or `samples` of them by lot; each with every one of `seeds`.
+
+    A point is played until its run ends, or for so many virtual `hours`.
+    """
 
     experiment: str
+    hours: float | None = None
     seeds: tuple[int, ...] = (0,)
     search: Literal["grid", "random"] = "grid"
     samples: int = 0
@@ -51,24 +58,27 @@ class Search:
     def __post_init__(self) -> None:
         if not self.seeds or len(set(self.seeds)) < len(self.seeds):
             raise UsageError("seeds of a sweep are one or more different numbers")
+        if self.hours is not None and not 0 < self.hours < math.inf:
+            raise UsageError(f"hours of a sweep must be positive, not {self.hours:g}")
         if (self.search == "random") != (self.samples > 0):
             raise UsageError("samples go with search = 'random', and are at least 1")
 
 
 @dataclass(frozen=True)
 class Point:
-    """One simulation of a sweep."""
+    """One simulation of a sweep. `choices` has its value on each axis, as tables show it."""
 
     number: int
     seed: int
-    changes: Changes
+    choices: Mapping[str, Any]
     experiment: Experiment = field(repr=False)
+    hours: float = math.inf
 
     @property
     def label(self) -> str:
         """The settings in short."""
         return (
-            ", ".join(f"{name.rpartition('.')[2]}={value}" for name, value in self.changes.items()) or "as given"
+            ", ".join(f"{name.rpartition('.')[2]}={value}" for name, value in self.choices.items()) or "as given"
         )
 
     @property
@@ -82,15 +92,16 @@ def points_of(document: Mapping[str, Any], base: Mapping[str, Any], read: ReadEx
 
     The seed of a point is that of devices, of the aggregator, of the data's split and of the first model.
     """
-    search, grid = search_of(document), document.get("grid", {})
+    search, axes = search_of(document), axes_of(document)
     points = []
-    for number, changes in enumerate(_chosen(search, list(_combinations(grid)))):
+    for number, choices in enumerate(_chosen(search, list(_combinations(axes)))):
+        changes = {name: value for axis, choice in choices.items() for name, value in axes[axis][choice].items()}
         for seed in search.seeds:
             changed = deepcopy(dict(base))
             for name, value in {**changes, "aggregator.seed": seed, "learning.seed": seed}.items():
                 table, _, key = name.partition(".")
                 changed.setdefault(table, {})[key] = value
-            points.append(Point(number, seed, changes, read(changed)))
+            points.append(Point(number, seed, choices, read(changed), search.hours or math.inf))
     if len(points) > MOST_POINTS:
         raise UsageError(f"a sweep of {len(points)} simulations; it may have {MOST_POINTS}: search = 'random'")
     return points
@@ -98,25 +109,58 @@ def points_of(document: Mapping[str, Any], base: Mapping[str, Any], read: ReadEx
 
 def search_of(document: Mapping[str, Any]) -> Search:
     """Return how the grid is searched. Raises `UsageError`."""
-    return toml.read(Search, {name: value for name, value in document.items() if name != "grid"}, "the grid file")
+    others = {name: value for name, value in document.items() if name not in _AXES}
+    return toml.read(Search, others, "the grid file")
 
 
-def _combinations(grid: Any) -> Iterator[Changes]:
-    if not isinstance(grid, Mapping) or not all(isinstance(table, Mapping) for table in grid.values()):
-        raise UsageError("[grid.TABLE] has lists of values by setting, as in [grid.aggregator]")
-    axes: dict[str, list[Any]] = {}
-    for table, settings in grid.items():
+def axes_of(document: Mapping[str, Any]) -> dict[str, Axis]:
+    """Return the axes of a grid file: `[grid.TABLE] key = [values]`, and `[choices.NAME.VALUE.TABLE] key = value`.
+
+    A choice changes several settings at once. Raises `UsageError`.
+    """
+    axes: dict[str, Axis] = {}
+    for table, settings in _tables(document.get("grid", {}), "[grid.TABLE]"):
         for key, values in settings.items():
             if not isinstance(values, list) or not values:
                 raise UsageError(f"[grid.{table}] {key} is a list of values, not {values!r}")
-            axes[f"{table}.{key}"] = values
+            name = f"{table}.{key}"
+            axes[name] = {_shown(value): {name: value} for value in values}
+    for axis, choices in _tables(document.get("choices", {}), "[choices.NAME.VALUE.TABLE]"):
+        if axis in axes or not choices:
+            raise UsageError(f"[choices.{axis}] needs choices, and a name of its own")
+        axes[axis] = {
+            choice: {
+                f"{table}.{key}": value
+                for table, settings in _tables(tables, f"[choices.{axis}.{choice}.TABLE]")
+                for key, value in settings.items()
+            }
+            for choice, tables in choices.items()
+        }
+    changed = [name for axis in axes.values() for name in {name for changes in axis.values() for name in changes}]
+    if twice := {name for name in changed if changed.count(name) > 1}:
+        raise UsageError(f"two axes of the grid change {min(twice)}")
+    return axes
+
+
+def _tables(found: Any, where: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    if not isinstance(found, Mapping) or not all(isinstance(table, Mapping) for table in found.values()):
+        raise UsageError(f"a grid file has tables {where}")
+    return iter(found.items())
+
+
+def _shown(value: Any) -> Any:
+    # Names of an axis are keys: of what is none, the text.
+    return value if isinstance(value, str | int | float | bool) else str(value)
+
+
+def _combinations(axes: Mapping[str, Axis]) -> Iterator[dict[str, Any]]:
     if math.prod(map(len, axes.values())) > 1_000_000:
         raise UsageError("the grid has more than a million points")
     for values in itertools.product(*axes.values()):
         yield dict(zip(axes, values, strict=True))
 
 
-def _chosen(search: Search, combinations: list[Changes]) -> list[Changes]:
+def _chosen(search: Search, combinations: list[dict[str, Any]]) -> list[dict[str, Any]]:
     if search.search == "grid" or search.samples >= len(combinations):
         return combinations
     drawn = np.random.default_rng(search.seed).choice(len(combinations), search.samples, replace=False)
@@ -162,7 +206,7 @@ def _done(folder: Path) -> list[VersionRow]:
 def _play(point: Point, folder: Path) -> list[VersionRow]:
     """Play one point in a process of its own."""
     engine = InProcess(point.experiment.learning, point.experiment.count)
-    rows = version_rows(LearningRun(point.experiment, folder, engine, point.seed).run())
+    rows = version_rows(LearningRun(point.experiment, folder, engine, point.seed).run(point.hours))
     unfinished = folder / f"{_DONE}.part"
     unfinished.write_text(json.dumps([vars(row) for row in rows], default=dict))
     unfinished.replace(folder / _DONE)

@@ -18,10 +18,11 @@ from torch.nn.modules.conv import _ConvNd
 from fedgrpc.errors import LayoutError, UsageError
 from fedgrpc.submodels.channels import Axis, ChannelMap, Segment, SubModel, sub_shapes
 from fedgrpc.torch.adapters import ranks_alone
-from fedgrpc.torch.building import ModuleBuilder, with_tensors
+from fedgrpc.torch.building import ModuleBuilder
 from fedgrpc.torch.early_exits import names_held
 from fedgrpc.torch.local_model.graph import Channels
 from fedgrpc.torch.local_model.tracing import trace_channels
+from fedgrpc.torch.module_copies import with_tensors
 from fedgrpc.torch.weights import check_names, load_weights, uncompiled
 from fedgrpc.trainer import Weights, weight_shapes
 
