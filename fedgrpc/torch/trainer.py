@@ -33,7 +33,7 @@ from fedgrpc.torch.local_model.nested import Nested
 from fedgrpc.torch.local_model.noise import noise_ratio
 from fedgrpc.torch.local_model.slicing import SubModels
 from fedgrpc.torch.training import LearningTask, run_training, scores_of
-from fedgrpc.torch.weights import named_tensors, taken_weights, tensor_roles, uncompiled, weights_of
+from fedgrpc.torch.weights import taken_weights, tensor_roles, uncompiled, weights_of
 from fedgrpc.trainer import EvalResult, LocalExamples, TaskSetup, TrainJob, TrainResult, Weights, weight_shapes
 
 # BatchNorm cannot train on one example.
@@ -182,8 +182,9 @@ class TorchTrainer:
 
     def _trained(self, module: nn.Module, given: Weights) -> dict[str, np.ndarray]:
         """Return the module's weights: copies if it is kept for the next task. Raises TaskUnfit."""
-        _check_shapes(module, weight_shapes(given))
-        return weights_of(module) if module is self._builder.whole else taken_weights(module)
+        trained = weights_of(module) if module is self._builder.whole else taken_weights(module)
+        _check_shapes(trained, weight_shapes(given))
+        return trained
 
     def _train_local(self, module: nn.Module, given: Weights, job: TrainJob, plan: LocalModelPlan) -> TrainResult:
         if module is self._builder.whole:
@@ -245,16 +246,15 @@ class TorchTrainer:
             return EvalResult(len(self._data.held_out), metrics)
 
 
-def _check_shapes(module: nn.Module, given: Mapping[str, tuple[int, ...]]) -> None:
+def _check_shapes(tensors: Weights, given: Mapping[str, tuple[int, ...]]) -> None:
     """Raise TaskUnfit if a forward pass has changed the state, as observers of quantization do."""
-    tensors = named_tensors(module)
     if others := tensors.keys() ^ given.keys():
         raise TaskUnfit(
             f"the model has {min(others)!r} at first or once it ran, and not both; let model() give "
             "it its last shape, such as by a first pass"
         )
     for name, tensor in tensors.items():
-        if tuple(tensor.shape) != given[name]:
+        if tensor.shape != given[name]:
             raise TaskUnfit(
                 f"the model's {name!r} is {list(given[name])} at first and {list(tensor.shape)} once it ran; let "
                 "model() give it its last shape, such as by a first pass"
