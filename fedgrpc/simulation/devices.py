@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
@@ -76,6 +76,25 @@ class Devices:
             self.changes_at[devices] += self._stretch(devices)
         else:
             self.changes_at[devices] = [self._traced[device].next_change() for device in devices]
+
+    def state(self) -> dict[str, Any]:
+        """Return where the devices stand, as JSON has it: random draws, and who can be reached for how long."""
+        found: dict[str, Any] = {"rng": self._rng.bit_generator.state}
+        if self._traced is None and np.isfinite(self.changes_at).any():
+            found |= {"reachable": self.reachable.tolist(), "changes_at": self.changes_at.tolist()}
+        return found
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Take devices of the same description to where `state` had them. Raises ValueError, TypeError, KeyError.
+
+        A trace is played again as far as somebody asks.
+        """
+        self._rng.bit_generator.state = state["rng"]
+        if "changes_at" in state:
+            reachable, changes_at = np.array(state["reachable"], bool), np.array(state["changes_at"], np.float64)
+            if not reachable.shape == changes_at.shape == (self.count,):
+                raise ValueError(f"a state of {reachable.size} devices, and there are {self.count}")
+            self.reachable, self.changes_at = reachable, changes_at
 
     def fails(self, device: int) -> float | None:
         """Draw whether a task fails on the device: after which share of its training; None: it does not."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 
 from fedgrpc.cli.experiment import parse_experiment
-from fedgrpc.cli.sweep import curves_of, tidy_rows
+from fedgrpc.cli.sweep import COMMAND, curves_of, tidy_rows
 from fedgrpc.errors import UsageError
 from fedgrpc.simulation.learning.plots import Curve, band_of, pareto_front, plot_curves
 from fedgrpc.simulation.learning.sweep import play_points, points_of
@@ -99,6 +100,31 @@ def test_points_are_played_in_processes_and_those_that_are_done_are_not_played_a
     assert play_points(points, tmp_path, 2, shown.append) == results
     assert shown[3:] == [2]
     assert len(curves_of(points, results)) == 2
+
+
+@pytest.mark.extras
+def test_the_table_for_programs_has_what_the_one_for_people_has(tmp_path: Path) -> None:
+    parquet = pytest.importorskip("pyarrow.parquet")
+    (tmp_path / "x.toml").write_text(
+        '[learning]\ntask = "tests.support.simulated_task:Blobs"\npartition = "iid"\nevaluate_every = 2\n'
+        "[aggregator]\nrounds = 2\nmin_workers = 3\n"
+        '[[devices]]\nname = "pi"\ncount = 3\nexamples_per_s = 100.0\nup_mbit = 8.0\ndown_mbit = 8.0\n'
+    )
+    (tmp_path / "grid.toml").write_text(
+        'experiment = "x.toml"\n[grid.aggregator]\nepochs = [1.5, 2.5]\nlearn_deadline = [true, false]\n'
+        '[choices.rule.all.aggregator]\ndeadline = "1h"\n'
+    )
+    COMMAND.main(
+        [str(tmp_path / "grid.toml"), "--out", str(tmp_path / "out"), "--jobs", "1"], standalone_mode=False
+    )
+    with (tmp_path / "out/sweep.csv").open() as file:
+        lines = list(csv.DictReader(file))
+    rows = parquet.read_table(tmp_path / "out/sweep.parquet").to_pylist()
+    assert list(rows[0]) == list(lines[0])
+    assert [{name: "" if value is None else str(value) for name, value in row.items()} for row in rows] == lines
+    assert {(row["aggregator.epochs"], row["aggregator.learn_deadline"]) for row in rows} == {
+        (epochs, learned) for epochs in (1.5, 2.5) for learned in (True, False)
+    }
 
 
 def _row(version: int, megabytes: float, score: float | None) -> VersionRow:

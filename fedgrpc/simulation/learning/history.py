@@ -56,6 +56,7 @@ class History:
         self._path = path
         self.rows: list[RoundRow] = []
         self._held: dict[str, list[Any]] = {}
+        self._devices: dict[str, Any] = {}
         if path.exists():
             self._read()
 
@@ -63,7 +64,7 @@ class History:
         try:
             for line in self._path.read_text().splitlines():
                 values = json.loads(line)
-                self._held = values.pop("held")
+                self._held, self._devices = values.pop("held"), values.pop("devices")
                 self.rows.append(RoundRow(**{**values, "workers": tuple(values["workers"])}))
         except (ValueError, TypeError, KeyError) as error:
             raise UsageError(f"{self._path} is no history of a simulation: {error}") from error
@@ -74,9 +75,13 @@ class History:
         return self.rows[-1].virtual_s if self.rows else 0.0
 
     def restore(self, world: World) -> None:
-        """Take a new world to where the last round has left the former one."""
+        """Take a new world to where the last round has left the former one. Raises `UsageError`."""
         if not self.rows:
             return
+        try:
+            world.devices.restore(self._devices)
+        except (ValueError, TypeError, KeyError) as error:
+            raise UsageError(f"{self._path} is of other devices: {error}") from error
         world.held = {name: HeldKey(*key) for name, key in self._held.items()}
         last = self.rows[-1]
         world.tally = Tally(**{name: getattr(last, name) for name in asdict(world.tally)})
@@ -102,7 +107,7 @@ class History:
         self.rows.append(row)
         held = {name: [key.version, key.digest, key.sub_model] for name, key in world.held.items()}
         with self._path.open("a") as file:
-            file.write(json.dumps({**asdict(row), "held": held}) + "\n")
+            file.write(json.dumps({**asdict(row), "held": held, "devices": world.devices.state()}) + "\n")
         return row
 
     def scores(self) -> dict[int, dict[str, float]]:
