@@ -23,6 +23,7 @@ from fedgrpc.privacy.fixed_point import FixedPoint
 _MARGIN: Final = 4.0
 # A tensor that did not change may change again.
 _LEAST_SHARE: Final = 1e-6
+_PIECE: Final = 1 << 15
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,7 @@ class SecureVector:
         return min(largest, max(1, round(examples / self.most_examples * largest)))
 
     def pieces(self, update: Mapping[str, Array], examples: int, rng: np.random.Generator) -> Iterator[Array]:
-        """Yield the vector of `update` tensor by tensor, uint64, then the weight.
+        """Yield the vector of `update` in pieces that fit the cache, uint64, tensor by tensor, then the weight.
 
         Raises LayoutError for tensors that are not those of the task, EncodeError for values that are not finite.
         """
@@ -73,7 +74,9 @@ class SecureVector:
             raise LayoutError("the tensors of this update are not those of its task")
         weight = self.weight_of(examples)
         for name in self.shapes:
-            yield self._grid(name).encode(update[name], weight, rng).reshape(-1)
+            grid, values = self._grid(name), update[name].reshape(-1)
+            for start in range(0, values.size, _PIECE):
+                yield grid.encode(values[start : start + _PIECE], weight, rng)
         yield np.array([weight], np.uint64)
 
     def means(self, total: Array) -> dict[str, Array]:

@@ -17,6 +17,7 @@ import structlog
 from fedgrpc.codec.layout import Array
 from fedgrpc.errors import FedgrpcError, NameTaken
 from fedgrpc.privacy.masks import pack_words, packed_bytes
+from fedgrpc.privacy.streams import word_dtype
 from fedgrpc.protocol.secure import SecureTerms, names_from_proto
 from fedgrpc.rpc.retry import Backoff, Retries
 from fedgrpc.v1 import privacy_pb2
@@ -25,8 +26,6 @@ from fedgrpc.worker.secure_memory import SecureMemory
 
 _WAIT_S: Final = 10.0
 _AFTER_LOST_CALL: Final = Backoff(first_s=0.2, cap_s=5.0)
-# A multiple of eight words, which take whole bytes.
-_PIECE_WORDS: Final = 1 << 18
 
 log = structlog.get_logger()
 
@@ -71,14 +70,14 @@ class SecurePart:
         vector = self._terms.vector
         bits, masks = vector.sum_bits, self._memory.of(self._token).masks(vector.sum_bits)
         packed, at = np.empty(packed_bytes(vector.size, bits), np.uint8), 0
-        words = np.empty(0, np.uint64)
+        # Words that do not fill whole bytes yet: fewer than eight.
+        rest = np.empty(0, word_dtype(bits))
         for piece in vector.pieces({name: update[name] for name in vector.shapes}, examples, rng):
-            words = np.concatenate([words, masks.add_to(piece).astype(np.uint64)])
-            whole = words.size // _PIECE_WORDS * _PIECE_WORDS
-            for start in range(0, whole, _PIECE_WORDS):
-                at = _put(packed, at, words[start : start + _PIECE_WORDS], bits)
-            words = words[whole:]
-        _put(packed, at, words, bits)
+            words = np.concatenate([rest, masks.add_to(piece)])
+            whole = words.size // 8 * 8
+            at = _put(packed, at, words[:whole], bits)
+            rest = words[whole:]
+        _put(packed, at, rest, bits)
         return packed
 
 
