@@ -1,12 +1,98 @@
-"""Federated learning for fleets of unequal edge devices, over gRPC."""
+"""Federated learning for fleets of unequal edge devices, over gRPC.
 
-from typing import Any
+The names of `__all__` are the public API: docs/guide/python.md says what that promises. Each is imported when it
+is first used, so that `import fedgrpc` costs next to nothing, and nothing but `TorchTask` needs PyTorch.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from fedgrpc.aggregation.robust.rule import CoordinateRule, DistanceRule
+    from fedgrpc.aggregation.server_optimizer import ServerOptimizer
+    from fedgrpc.algorithms.algorithm import Algorithm
+    from fedgrpc.api.aggregator import Aggregator
+    from fedgrpc.api.client import Client
+    from fedgrpc.api.model import load_model
+    from fedgrpc.api.records import Device, ModelVersion, Round, Run, Task
+    from fedgrpc.api.rows import Rows
+    from fedgrpc.api.simulation import simulate, sweep
+    from fedgrpc.api.worker import Worker
+    from fedgrpc.codec.encoding import Encoding
+    from fedgrpc.datasets.partition import Partition
+    from fedgrpc.errors import FedgrpcError
+    from fedgrpc.torch.task import TorchTask
+    from fedgrpc.tracking.tracker import Tracker
+    from fedgrpc.trainer import EvalResult, Trainer, TrainJob, TrainResult
+
+    __version__: str
+
+_PLACES = {
+    "fedgrpc.api.aggregator": ("Aggregator",),
+    "fedgrpc.api.client": ("Client",),
+    "fedgrpc.api.model": ("load_model",),
+    "fedgrpc.api.records": ("Device", "ModelVersion", "Round", "Run", "Task"),
+    "fedgrpc.api.rows": ("Rows",),
+    "fedgrpc.api.simulation": ("simulate", "sweep"),
+    "fedgrpc.api.worker": ("Worker",),
+    "fedgrpc.errors": ("FedgrpcError",),
+    "fedgrpc.torch.task": ("TorchTask",),
+    "fedgrpc.trainer": ("EvalResult", "TrainJob", "TrainResult", "Trainer"),
+    # What plugins implement (docs/guide/extend.md).
+    "fedgrpc.aggregation.robust.rule": ("CoordinateRule", "DistanceRule"),
+    "fedgrpc.aggregation.server_optimizer": ("ServerOptimizer",),
+    "fedgrpc.algorithms.algorithm": ("Algorithm",),
+    "fedgrpc.codec.encoding": ("Encoding",),
+    "fedgrpc.datasets.partition": ("Partition",),
+    "fedgrpc.tracking.tracker": ("Tracker",),
+}
+_MODULES = {name: module for module, names in _PLACES.items() for name in names}
+
+__all__ = [
+    "Aggregator",
+    "Algorithm",
+    "Client",
+    "CoordinateRule",
+    "Device",
+    "DistanceRule",
+    "Encoding",
+    "EvalResult",
+    "FedgrpcError",
+    "ModelVersion",
+    "Partition",
+    "Round",
+    "Rows",
+    "Run",
+    "ServerOptimizer",
+    "Task",
+    "TorchTask",
+    "Tracker",
+    "TrainJob",
+    "TrainResult",
+    "Trainer",
+    "Worker",
+    "load_model",
+    "simulate",
+    "sweep",
+]
 
 
 def __getattr__(name: str) -> Any:
-    """`__version__`, looked up when it is asked for: a container's health check has no use for it."""
-    if name != "__version__":
+    """Import a public name, and keep it. `__version__` is looked up likewise."""
+    if name == "__version__":
+        return _version()
+    if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    found = getattr(import_module(_MODULES[name]), name)
+    globals()[name] = found
+    return found
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]
+
+
+def _version() -> str:
     from importlib.metadata import PackageNotFoundError, version
 
     try:

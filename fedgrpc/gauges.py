@@ -20,7 +20,7 @@ from typing import Final
 import structlog
 from prometheus_client import CollectorRegistry, Gauge
 
-from fedgrpc.client import Client, connect
+from fedgrpc.calls import Calls, connect
 from fedgrpc.errors import FedgrpcError
 from fedgrpc.identity.certificates import end_of, load_certificates
 from fedgrpc.identity.members import Lives, Member, MemberState
@@ -134,7 +134,7 @@ async def kept_fresh(gauges: Gauges, address: str, sources: Sources) -> AsyncIte
             await asyncio.gather(keeping, return_exceptions=True)
 
 
-async def _keep_fresh(gauges: Gauges, client: Client, sources: Sources) -> None:
+async def _keep_fresh(gauges: Gauges, client: Calls, sources: Sources) -> None:
     while True:
         try:
             await refresh(gauges, client, sources)
@@ -144,7 +144,7 @@ async def _keep_fresh(gauges: Gauges, client: Client, sources: Sources) -> None:
         await asyncio.sleep(_INTERVAL_S)
 
 
-async def refresh(gauges: Gauges, client: Client, sources: Sources) -> None:
+async def refresh(gauges: Gauges, client: Calls, sources: Sources) -> None:
     """Read everything once. Raises OSError and `FedgrpcError`."""
     gauges.serving.set(await client.healthy())
     gauges.show_runs(await client.runs())

@@ -38,6 +38,16 @@ def configure(level: str = "info", log_format: str = "auto", stream: TextIO | No
     Raises:
         UsageError: there is no such level or format.
     """
+    _configure_standard_logging(*configure_own(level, log_format, stream))
+
+
+def configure_own(
+    level: str, log_format: str = "auto", stream: TextIO | None = None
+) -> tuple[list[Processor], list[Processor], TextIO]:
+    """Do as `configure`, but leave the standard logging as it is: it belongs to the program around fedgrpc.
+
+    Returns the processors that other loggers may share, those that render, and where they write. Raises likewise.
+    """
     if level not in LEVELS:
         raise UsageError(f"there is no log level {level!r}: choose {', '.join(LEVELS)}")
     if log_format not in FORMATS:
@@ -60,7 +70,7 @@ def configure(level: str = "info", log_format: str = "auto", stream: TextIO | No
         wrapper_class=structlog.make_filtering_bound_logger(number),
         logger_factory=structlog.WriteLoggerFactory(output),
     )
-    _configure_standard_logging(shared, renderer, output)
+    return shared, renderer, output
 
 
 class _Lossy:

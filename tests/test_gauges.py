@@ -5,7 +5,7 @@ import time
 import pytest
 from prometheus_client import CollectorRegistry
 
-from fedgrpc.client import connect
+from fedgrpc.calls import connect
 from fedgrpc.errors import FedgrpcError
 from fedgrpc.gauges import Gauges, Sources, refresh
 from fedgrpc.identity.certificates import Authority, make_key, pem_of

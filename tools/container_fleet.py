@@ -24,7 +24,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
-from fedgrpc.client import Client, connect
+from fedgrpc.calls import Calls, connect
 from fedgrpc.errors import FedgrpcError, LinkError
 from fedgrpc.rpc.channel import open_channel
 from fedgrpc.submodels.plan_table import PlanTable
@@ -202,7 +202,7 @@ class Fleet:
             except LinkError:
                 await asyncio.sleep(0.1)
 
-    async def _note(self, aggregator: Client, news: pb.WatchRoundsResponse) -> None:
+    async def _note(self, aggregator: Calls, news: pb.WatchRoundsResponse) -> None:
         seen = self._seen
         seen.accepted |= accepted_in([news.round])
         for breakage in self._breakages:
@@ -216,7 +216,7 @@ class Fleet:
                     seen.accuracy = record.metrics.get("accuracy", seen.accuracy)
                     self.tell(round_line(record))
 
-    async def _is_enough(self, aggregator: Client, news: pb.WatchRoundsResponse) -> bool:
+    async def _is_enough(self, aggregator: Calls, news: pb.WatchRoundsResponse) -> bool:
         if news.run.phase in (pb.RUN_PHASE_FINISHED, pb.RUN_PHASE_STOPPED):
             return True
         if self._seen.accuracy < self._task.accuracy or not all(b.mended.is_set() for b in self._breakages):

@@ -19,7 +19,7 @@ import tempfile
 from pathlib import Path
 from typing import Final
 
-from fedgrpc.client import Client
+from fedgrpc.calls import Calls
 from fedgrpc.errors import FedgrpcError
 from fedgrpc.v1 import aggregator_pb2 as pb
 from fedgrpc.v1 import models_pb2
@@ -48,18 +48,18 @@ RUNS: Final[dict[str, Settings]] = {
 }
 
 
-async def _versions(client: Client) -> dict[str, pb.RunSummary]:
+async def _versions(client: Calls) -> dict[str, pb.RunSummary]:
     return {run.name: run for run in await client.runs()}
 
 
 async def play(fleet: Fleet, picture: Picture) -> list[str]:
     """The whole story; what does not hold, each in a line."""
 
-    async def joined(client: Client) -> bool:
+    async def joined(client: Calls) -> bool:
         members = await client.identities.members()
         return {member.name for member in members} >= fleet.workers.keys()
 
-    async def all_at(client: Client, versions: int) -> bool:
+    async def all_at(client: Calls, versions: int) -> bool:
         for run in RUNS:
             await fleet.rounds(client, run)
         runs = await _versions(client)
@@ -78,7 +78,7 @@ async def play(fleet: Fleet, picture: Picture) -> list[str]:
     await fleet.operate("device", "revoke", REVOKED, "--why", "stolen")
     revoked_in: dict[str, int] = {}
 
-    async def note(client: Client) -> bool:
+    async def note(client: Calls) -> bool:
         revoked_in.update({run.name: run.current_round for run in await client.runs()})
         return True
 
@@ -96,7 +96,7 @@ async def play(fleet: Fleet, picture: Picture) -> list[str]:
 async def _kill(fleet: Fleet) -> bool:
     breakage = aggregator_killed(fleet.aggregator, 1, fleet.tell)
 
-    async def follow(client: Client) -> bool:
+    async def follow(client: Calls) -> bool:
         async for news in client.of(KILLED_IN).watch(_WATCH_HZ):
             fleet.accepted |= {(KILLED_IN, *update) for update in accepted_in([news.round])}
             breakage.follow(news.round)
@@ -163,12 +163,12 @@ def _given(said: Path) -> list[str]:
     return [line for line in lines if "(release " in line]
 
 
-async def _phase(client: Client, number: int, phase: int) -> bool:
+async def _phase(client: Calls, number: int, phase: int) -> bool:
     release = await client.models.release("digits", number)
     return release.phase == phase
 
 
-async def _ended(fleet: Fleet, client: Client) -> bool:
+async def _ended(fleet: Fleet, client: Calls) -> bool:
     for run in RUNS:
         await fleet.rounds(client, run)
     return all(run.phase == pb.RUN_PHASE_FINISHED for run in await client.runs())
@@ -178,7 +178,7 @@ async def _count_up(fleet: Fleet, revoked_in: dict[str, int]) -> list[str]:
     wrong: list[str] = []
     held: Accepted = set()
 
-    async def count(client: Client) -> bool:
+    async def count(client: Calls) -> bool:
         for run in RUNS:
             rounds = await fleet.rounds(client, run)
             held.update((run, *update) for update in accepted_in(rounds))

@@ -217,19 +217,11 @@ class Aggregator:
         self._stopping.set()
 
 
-async def run_aggregator(
-    settings: AggregatorSettings,
-    *,
-    ready: Callable[[int], None] | None = None,
-    metrics: ProcessMetrics | None = None,
-    beside: Beside = lambda trust, address: nullcontext(),
-    hosting: Hosting | None = None,
-) -> int:
+async def run_aggregator(aggregator: Aggregator, *, ready: Callable[[int], None] | None = None) -> int:
     """Run an aggregator to its end; the exit code. In the main thread, SIGTERM and SIGINT drain it.
 
     Raises: as `Aggregator.run`.
     """
-    aggregator = Aggregator(settings, metrics, beside=beside, hosting=hosting)
     with on_end_signal(aggregator.stop):
         return await aggregator.run(ready)
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import socket
-from collections.abc import Callable, Coroutine, Mapping
-from contextlib import ExitStack
+from collections.abc import Callable, Coroutine, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from typing import Any
 import click
 
 from fedgrpc.aggregator.run_files import Texts, holds_run
-from fedgrpc.aggregator.server import Hosting, run_aggregator
+from fedgrpc.aggregator.server import Aggregator, Hosting, run_aggregator
 from fedgrpc.aggregator.settings import AggregatorSettings, Target
 from fedgrpc.cli.aggregator_settings import PROCESS_NAMES, SETTINGS
 from fedgrpc.cli.beside import beside_of
@@ -79,37 +79,59 @@ def upstream_from(values: Mapping[str, Any], data_dir: Path) -> WorkerSettings |
     )
 
 
+@contextmanager
+def prepared(values: Mapping[str, Any], settings: AggregatorSettings, has_own: bool) -> Iterator[Aggregator]:
+    """Yield an aggregator that is ready to run, with its metrics, its page and all that takes further runs.
+
+    `has_own`: it has a run of its own settings. Raises `UsageError`.
+    """
+    metrics = ProcessMetrics()
+    with ExitStack() as stack:
+        gauges = _served(stack, metrics, values["metrics_address"])
+        beside = beside_of(values, settings, gauges)
+        hosting = Hosting(has_own, partial(run_settings, values), run_texts)
+        yield Aggregator(settings, metrics, beside=beside, hosting=hosting)
+
+
+def _served(stack: ExitStack, metrics: ProcessMetrics, address: str | None) -> Gauges | None:
+    """Serve the metrics where that is wanted, and return their gauges."""
+    if address is None:
+        return None
+    stack.enter_context(serve_metrics(metrics, address))
+    return Gauges(metrics.registry)
+
+
 def _run(**values: Any) -> int:
     begin(values)
     settings = settings_from(values)
-    Address.parse(settings.address)
-    metrics = ProcessMetrics()
+    address = Address.parse(settings.address)
+    if values["port_file"] is not None and address.is_unix:
+        raise UsageError("--port-file needs an --address with a port; a unix socket has none")
+    ready = _port_writer(values["port_file"])
+    upstream = upstream_from(values, settings.data_dir)
     collect_rarely()
+    if upstream is not None:
+        return _run_leaf(values, settings, upstream, ready)
+    with prepared(values, settings, _has_own(settings)) as aggregator:
+        return _fenced(values, run_aggregator(aggregator, ready=ready))
+
+
+def _run_leaf(
+    values: Mapping[str, Any],
+    settings: AggregatorSettings,
+    upstream: WorkerSettings,
+    ready: Callable[[int], None] | None,
+) -> int:
+    if settings.privacy.on:
+        raise UsageError("--privacy is for the parent: a leaf releases no versions")
+    if settings.secure.on:
+        raise UsageError("--secure-aggregation goes without --upstream: a leaf sees its workers' updates")
+    if values["web_address"] is not None:
+        raise UsageError("--web-address is for the parent: the page of a leaf would show a part of each round")
+    metrics = ProcessMetrics()
     with ExitStack() as stack:
-        gauges = None
-        if values["metrics_address"] is not None:
-            stack.enter_context(serve_metrics(metrics, values["metrics_address"]))
-            gauges = Gauges(metrics.registry)
-        if values["port_file"] is not None and Address.parse(settings.address).is_unix:
-            raise UsageError("--port-file needs an --address with a port; a unix socket has none")
-        ready = _port_writer(values["port_file"])
-        upstream = upstream_from(values, settings.data_dir)
-        if upstream is not None:
-            if settings.privacy.on:
-                raise UsageError("--privacy is for the parent: a leaf releases no versions")
-            if settings.secure.on:
-                raise UsageError("--secure-aggregation goes without --upstream: a leaf sees its workers' updates")
-            if values["web_address"] is not None:
-                raise UsageError(
-                    "--web-address is for the parent: the page of a leaf would show a part of each round"
-                )
-            return _fenced(values, run_leaf(settings, upstream, ready=ready, metrics=metrics))
-        beside = beside_of(values, settings, gauges)
-        hosting = Hosting(_has_own(settings), partial(run_settings, values), run_texts)
-        return _fenced(
-            values,
-            run_aggregator(settings, ready=ready, metrics=metrics, beside=beside, hosting=hosting),
-        )
+        _served(stack, metrics, values["metrics_address"])
+        return _fenced(values, run_leaf(settings, upstream, ready=ready, metrics=metrics))
 
 
 def _fenced(values: Mapping[str, Any], work: Coroutine[Any, Any, int]) -> int:

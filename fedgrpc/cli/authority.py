@@ -10,12 +10,12 @@ from typing import Any
 
 import click
 
+from fedgrpc.calls import IdentityClient
 from fedgrpc.cli.as_json import json_text, plain
 from fedgrpc.cli.identity import identity_command
 from fedgrpc.cli.options import AS_JSON, Declare
 from fedgrpc.cli.values import DURATION
 from fedgrpc.cli.view import print_rows, time_text
-from fedgrpc.client import IdentityClient
 from fedgrpc.identity.messages import role_from_proto, role_to_proto
 from fedgrpc.identity.roles import DEVICE_ROLES, Role
 from fedgrpc.identity.tokens import MAX_USES

@@ -5,8 +5,6 @@ The rule: the folder of a simulation holds all that it has made, at every moment
 
 from __future__ import annotations
 
-import csv
-import io
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -26,17 +24,13 @@ from fedgrpc.cli.values import read_file
 from fedgrpc.cli.view import piped_console, print_table
 from fedgrpc.errors import UsageError
 from fedgrpc.logging import configure
-from fedgrpc.simulation.learning.engines import running_engine
 from fedgrpc.simulation.learning.experiment import Experiment
 from fedgrpc.simulation.learning.history import RoundRow
+from fedgrpc.simulation.learning.play import VERSIONS, play
 from fedgrpc.simulation.learning.plots import Curve, check_plot, plot_curves
-from fedgrpc.simulation.learning.run import LearningRun
-from fedgrpc.simulation.learning.versions import VersionRow, version_rows
-from fedgrpc.storage.folder import hold_folder
+from fedgrpc.simulation.learning.versions import VersionRow
 from fedgrpc.words import seconds, size
 
-IN_USE: Final = "is used by another simulation"
-VERSIONS: Final = "versions.csv"
 # Of more versions, the table on the terminal shows some.
 _SHOWN: Final = 20
 
@@ -65,25 +59,17 @@ def simulate_experiment(path: Path, values: Mapping[str, Any]) -> None:
     plot = values["plot"]
     if plot is not None:
         check_plot(plot)
-    if (out / "history.jsonl").exists() and not values["resume"]:
-        raise UsageError(f"{out} holds a simulation: go on with --resume, or name another folder with --out")
     # What the aggregator and its workers would log is in the folder, too.
     configure("error")
-    hours = math.inf if values["hours"] is None else values["hours"]
-    with (
-        hold_folder(out, IN_USE),
-        running_engine(values["engine"], experiment, values["jobs"]) as engine,
-        _progress() as progress,
-    ):
+    with _progress() as progress:
         shown = progress.add_task("", total=1.0, told="")
 
         def show(row: RoundRow, part: float) -> None:
             told = f"version {row.version}, {seconds(row.virtual_s)} of virtual time"
             progress.update(shown, completed=part, told=told)
 
-        history = LearningRun(experiment, out, engine, values["seed"]).run(hours, show)
-        rows = version_rows(history)
-    (out / VERSIONS).write_text(as_csv(rows))
+        given = {name: values[name] for name in ("seed", "jobs", "engine", "hours", "resume")}
+        rows = play(experiment, out, **given, show=show)
     if plot is not None:
         plot_curves([Curve(path.stem, (rows,))], plot)
     if values["as_json"]:
@@ -103,17 +89,6 @@ def _progress() -> Progress:
         console=Console(stderr=True),
         transient=True,
     )
-
-
-def as_csv(rows: list[VersionRow]) -> str:
-    """Return versions as a tidy table, one row each."""
-    dicts = [row.to_dict() for row in rows]
-    names = list(dict.fromkeys(name for each in dicts for name in each))
-    out = io.StringIO()
-    writer = csv.DictWriter(out, names, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(dicts)
-    return out.getvalue()
 
 
 def _table(experiment: Experiment, rows: list[VersionRow]) -> Table:

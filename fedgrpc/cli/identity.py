@@ -14,18 +14,19 @@ from typing import Any, Final
 
 import click
 
+from fedgrpc.calls import Calls, IdentityClient
 from fedgrpc.claims import printable
 from fedgrpc.cli.as_json import json_text, plain
 from fedgrpc.cli.options import AS_JSON, Declare, Setting, SettingsCommand
-from fedgrpc.cli.reach import RENEW_AFTER, client_command
+from fedgrpc.cli.reach import client_command
 from fedgrpc.cli.view import print_rows, time_text
-from fedgrpc.client import Client, IdentityClient
 from fedgrpc.errors import NotFound, UsageError
 from fedgrpc.identity.certificates import key_pem, make_key, make_request
 from fedgrpc.identity.context import write_context
 from fedgrpc.identity.messages import role_from_proto, role_to_proto
 from fedgrpc.identity.roles import DEVICE_ROLES, OPERATOR_ROLES, Identity, Role
 from fedgrpc.protocol.durations import duration_from_proto
+from fedgrpc.reach import RENEW_AFTER
 from fedgrpc.rpc.address import dialled
 from fedgrpc.storage.files import make_private, storage_errors
 from fedgrpc.v1 import identity_pb2 as pb
@@ -140,7 +141,7 @@ DEVICE_FORGET = identity_command(
 # Operators.
 
 
-async def _create_operator(client: Client, values: dict[str, Any]) -> None:
+async def _create_operator(client: Calls, values: dict[str, Any]) -> None:
     role, address = Role(values["role"]), values["address"] or client.address
     if address.startswith("unix:"):
         raise UsageError("--address HOST:PORT is missing: where the operator reaches the aggregator")

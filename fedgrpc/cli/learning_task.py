@@ -7,9 +7,7 @@ exit code 0     done; one line names the file and its size
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import replace
-from fnmatch import fnmatchcase
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
 
@@ -20,14 +18,12 @@ from fedgrpc.cli.options import Declare, Setting, SettingsCommand
 from fedgrpc.cli.values import NamedValues
 from fedgrpc.codec.layout import Layout
 from fedgrpc.errors import StorageError, UsageError
-from fedgrpc.protocol.tasks import Registration
 from fedgrpc.storage.model_file import write_model
-from fedgrpc.trainer import TaskSetup, Trainer, Weights
+from fedgrpc.trainer import Trainer, Weights
 from fedgrpc.words import size
 from fedgrpc.worker.guarded_trainer import first_weights
-from fedgrpc.worker.task_loader import find_task, load_trainer, takes
+from fedgrpc.worker.task_loader import load_trainer
 
-ALLOWED_TASKS: Final = ("fedgrpc.tasks.*",)
 _model = Declare("The model")
 
 
@@ -64,62 +60,6 @@ def trainer_of(values: Mapping[str, Any]) -> Trainer:
         options=dict(values["options"]),
         threads=values.get("threads"),
     )
-
-
-def trainer_for(
-    setup: TaskSetup, own_task: str | None, registration: Registration, allowed: Iterable[str] = ALLOWED_TASKS
-) -> Trainer:
-    """Load the learning task: the worker's own, else the aggregator's with the aggregator's model.
-
-    A run beside the one that the aggregator was started with has a task of its own, or takes the worker's. Code
-    that the aggregator chose runs only where it is `allowed`, and never from the working folder.
-    """
-    chosen_here = own_task is not None and (registration.own or registration.learning_task in ("", own_task))
-    task = own_task if chosen_here else registration.learning_task
-    if not task:
-        raise UsageError("neither this worker nor its aggregator has a --task")
-    if not chosen_here and not is_allowed(task, allowed):
-        raise UsageError(
-            f"the aggregator chose the task {task[:200]!r}, which this device does not allow: "
-            "start the worker with --allow-task or --task and that name"
-        )
-    if not registration.own:
-        setup = _for_other_run(setup, task, own_task, chosen_here)
-    model = setup.model
-    if model is None and task == registration.learning_task:
-        model = registration.model or None
-    return load_trainer(
-        task,
-        model=model,
-        data=setup.data,
-        device=setup.device,
-        partition=setup.partition,
-        part=setup.part,
-        seed=setup.seed,
-        options={**registration.options, **setup.options},
-        threads=setup.threads,
-        here=chosen_here,
-    )
-
-
-def _for_other_run(setup: TaskSetup, task: str, own_task: str | None, here: bool) -> TaskSetup:
-    """Return what the task of another run takes of the device's setup: model and options are of its own task."""
-    found = find_task(task, here)
-    own = own_task in (None, task)
-    return replace(
-        setup,
-        model=setup.model if own else None,
-        data=setup.data if takes(found, "data") else None,
-        partition=setup.partition if takes(found, "partition") else None,
-        part=setup.part if takes(found, "part") else None,
-        options=setup.options if own else {},
-    )
-
-
-def is_allowed(task: str, allowed: Iterable[str]) -> bool:
-    """Return whether one of the patterns matches the task or its module."""
-    module = task.partition(":")[0]
-    return any(fnmatchcase(task, pattern) or fnmatchcase(module, pattern) for pattern in allowed)
 
 
 _INIT_SETTINGS: Final[list[Setting]] = [

@@ -14,12 +14,13 @@ from typing import Any
 import click
 
 from fedgrpc.claims import printable
-from fedgrpc.cli.model_versions import VersionSource, fetched, metadata
+from fedgrpc.cli.model_versions import VersionSource, fetched
 from fedgrpc.cli.models import argument, model_command, named
 from fedgrpc.cli.options import Declare
 from fedgrpc.cli.values import NamedValues
 from fedgrpc.errors import ExtraMissing, UsageError
 from fedgrpc.runs.keeping import Reference
+from fedgrpc.storage.stored_run import metadata
 from fedgrpc.trainer import TaskSetup
 
 _what = Declare("What")

@@ -2,37 +2,27 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import tempfile
 from collections.abc import AsyncIterator, Iterator, Mapping
-from contextlib import asynccontextmanager, closing, contextmanager
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final, Protocol
+from typing import Any, Protocol
 
 import click
 
+from fedgrpc.calls import Calls
 from fedgrpc.cli.reach import reached
 from fedgrpc.cli.stored_runs import find_run
-from fedgrpc.client import Client
-from fedgrpc.errors import LinkError, NotFound, UsageError
+from fedgrpc.errors import LinkError, NotFound
 from fedgrpc.model_client import download
-from fedgrpc.protocol.records import version_to_proto
-from fedgrpc.rounds.version import Measure
-from fedgrpc.runs.keeping import Reference, resolve
-from fedgrpc.runs.versions import Versions
-from fedgrpc.storage.database import DATABASE
-from fedgrpc.storage.files import storage_errors
+from fedgrpc.runs.keeping import Reference
 from fedgrpc.storage.folder import hold_folder
-from fedgrpc.storage.model_file import ModelFile, write_model
-from fedgrpc.storage.model_records import MODEL_RECORDS, ModelRecords
-from fedgrpc.storage.run_store import RunStore
+from fedgrpc.storage.stored_run import StoredRun, metadata
 from fedgrpc.v1 import models_pb2 as pb
 from fedgrpc.words import size
-
-MODELS: Final = "models"
 
 
 class VersionSource(Protocol):
@@ -77,7 +67,7 @@ async def version_source(values: Mapping[str, Any]) -> AsyncIterator[VersionSour
 class LiveVersions:
     """Versions of a running aggregator."""
 
-    client: Client
+    client: Calls
 
     async def versions(self, run: str) -> pb.ListVersionsResponse:
         """See `VersionSource`."""
@@ -136,101 +126,8 @@ class StoredVersions:
         with hold_folder(self.folder, "is in use by an aggregator that does not answer", "data folder"):
             found.save_tag(tag, None)
 
-    def _find(self, name: str) -> _StoredRun:
-        return _StoredRun.read(find_run(self.folder, name))
-
-
-@dataclass(frozen=True)
-class _StoredRun:
-    """What a run's folder says of its versions."""
-
-    folder: Path
-    id: str
-    name: str
-    learning_task: str
-    ended: bool
-    known: Versions
-    tags: dict[str, int]
-
-    @classmethod
-    def read(cls, folder: Path) -> _StoredRun:
-        """Return the run of a folder."""
-        with closing(RunStore(folder / DATABASE, read_only=True)) as store:
-            run, settings = store.run(), store.settings()
-            assert run is not None
-            versions = Versions(_measures(settings), bool(settings.get("evaluators", "()") != "()"))
-            with storage_errors(folder, "read"):
-                there = [int(path.stem) for path in (folder / MODELS).glob("*.safetensors") if path.stem.isdigit()]
-            for version in store.versions(sorted(there)):
-                versions.add(version)
-        tags = {}
-        if (folder / MODEL_RECORDS).exists():
-            with closing(ModelRecords(folder / MODEL_RECORDS, read_only=True)) as records:
-                tags = records.tags()
-        return cls(
-            *(folder, run.id, run.name, settings.get("learning_task", "")),
-            *(run.phase.final, versions, tags),
-        )
-
-    def _record(self, number: int) -> pb.VersionRecord:
-        known, best, last = self.known.get(number), self.known.best, self.known.last
-        assert known is not None
-        path = self._path(number)
-        record = pb.VersionRecord(
-            version=version_to_proto(known),
-            size_bytes=sum(spec.nbytes for spec in ModelFile.open(path).layout),
-            tags=sorted(tag for tag, tagged in self.tags.items() if tagged == number),
-            best=best is not None and best.version == number,
-            latest=last is not None and last.version == number,
-        )
-        record.written_at.FromNanoseconds(path.stat().st_mtime_ns)
-        return record
-
-    def _path(self, number: int) -> Path:
-        return self.folder / MODELS / f"{number:06d}.safetensors"
-
-    def listed(self) -> pb.ListVersionsResponse:
-        about = {"run": self.name, "run_id": self.id, "learning_task": self.learning_task}
-        return pb.ListVersionsResponse(**about, versions=map(self._record, self.known))
-
-    def version(self, name: str) -> pb.GetVersionResponse:
-        number = resolve(name, self.known, self.tags, self.ended)
-        about = {"run": self.name, "run_id": self.id, "learning_task": self.learning_task}
-        return pb.GetVersionResponse(**about, version=self._record(number))
-
-    def copy(self, found: pb.GetVersionResponse, path: Path) -> None:
-        model = ModelFile.open(self._path(found.version.version.version))
-        if not model.as_written:
-            raise UsageError(f"{model.path} is corrupt: it has changed on the disk since it was written")
-        tensors = (model.tensor(index) for index in range(len(model.layout)))
-        write_model(path, model.layout, tensors, metadata(found))
-
-    def save_tag(self, tag: str, number: int | None) -> None:
-        with closing(ModelRecords(self.folder / MODEL_RECORDS)) as records:
-            records.save_tag(tag, number)
-
-
-def _measures(settings: Mapping[str, str]) -> tuple[Measure, ...]:
-    """Return the run's own measure, by which the aggregator compares its versions."""
-    name = settings.get("target.name")
-    return () if name is None else (Measure(name, settings.get("target.at_least") != "False"),)
-
-
-def metadata(found: pb.GetVersionResponse) -> dict[str, str]:
-    """Return what is known of a version, as text for the header of its file."""
-    record, version = found.version, found.version.version
-    scores = {**version.metrics, **version.evaluator_metrics}
-    return {
-        "run": found.run,
-        "run_id": found.run_id,
-        "version": str(version.version),
-        "trained_rounds": str(version.trained_rounds),
-        "task": found.learning_task,
-        "tags": ",".join(record.tags),
-        "scores": json.dumps(dict(sorted(scores.items()))),
-        "digest": version.sha256.hex(),
-        "written_at": record.written_at.ToJsonString(),
-    }
+    def _find(self, name: str) -> StoredRun:
+        return StoredRun.read(find_run(self.folder, name))
 
 
 @contextmanager

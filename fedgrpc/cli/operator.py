@@ -16,11 +16,11 @@ from typing import Any, Final
 
 import click
 
+from fedgrpc.calls import Calls
 from fedgrpc.claims import printable
 from fedgrpc.cli.connection import FILE
 from fedgrpc.cli.options import Declare, Setting, SettingsCommand
 from fedgrpc.cli.reach import client_command, reach_settings, reached
-from fedgrpc.client import Client
 from fedgrpc.errors import CorruptError
 from fedgrpc.identity.audit import Position, check_line
 from fedgrpc.storage.files import storage_errors
@@ -42,12 +42,12 @@ def steering(group: str, run: click.Argument) -> dict[str, SettingsCommand]:
 
     def command(
         name: str,
-        steer: Callable[[Client, Mapping[str, Any]], Awaitable[Run]],
+        steer: Callable[[Calls, Mapping[str, Any]], Awaitable[Run]],
         help: str,
         *settings: Setting,
         arguments: Sequence[click.Argument] = (run,),
     ) -> tuple[str, SettingsCommand]:
-        async def call(client: Client, values: dict[str, Any]) -> None:
+        async def call(client: Calls, values: dict[str, Any]) -> None:
             click.echo(run_line(await steer(client.of(values["run_name"] or ""), values)))
 
         return name, client_command(f"{group}{name}", call, help, *settings, arguments=arguments)

@@ -13,7 +13,7 @@ from functools import partial
 import numpy as np
 
 from fedgrpc.aggregator.negotiation import reduced_bits
-from fedgrpc.client import Client
+from fedgrpc.calls import Calls
 from fedgrpc.codec.budget import expected_bits
 from fedgrpc.codec.layout import Layout, TensorRole, spec_of
 from fedgrpc.codec.payload import write_payload
@@ -139,7 +139,7 @@ def _peers(device: PlannedDevice, planned: Sequence[PlannedDevice]) -> tuple[Obs
     return tuple(seen for each in alike for seen in each.history)
 
 
-async def fleet_snapshot(aggregator: Client) -> FleetSnapshot:
+async def fleet_snapshot(aggregator: Calls) -> FleetSnapshot:
     """Ask an aggregator for the costs of its workers. Raises `LinkError`."""
     trainers = tuple(await aggregator.workers())
     tasks: dict[str, deque[TaskRecord]] = {each.worker: deque(maxlen=_KEPT) for each in trainers}

@@ -17,6 +17,7 @@ from typing import Any, Final
 import click
 from google.protobuf.timestamp_pb2 import Timestamp
 
+from fedgrpc.calls import Calls
 from fedgrpc.claims import printable
 from fedgrpc.cli.as_json import json_text, plain
 from fedgrpc.cli.models import argument
@@ -24,7 +25,6 @@ from fedgrpc.cli.options import AS_JSON, Declare
 from fedgrpc.cli.reach import client_command
 from fedgrpc.cli.values import DURATION
 from fedgrpc.cli.view import print_rows, time_text
-from fedgrpc.client import Client
 from fedgrpc.protocol.durations import duration_from_proto
 from fedgrpc.runs.keeping import Reference
 from fedgrpc.v1 import models_pb2 as pb
@@ -52,7 +52,7 @@ def _conditions(release: pb.Release) -> str:
     return ", ".join(f"{each.name}{'>=' if each.at_least else '<='}{each.value:g}" for each in release.conditions)
 
 
-async def _start(client: Client, values: dict[str, Any]) -> None:
+async def _start(client: Calls, values: dict[str, Any]) -> None:
     reference = Reference.parse(values["version"])
     release = await client.models.start_release(
         *(reference.run, reference.name, values["canary"], list(values["watch"])),
@@ -61,7 +61,7 @@ async def _start(client: Client, values: dict[str, Any]) -> None:
     click.echo(release_line(release))
 
 
-async def _list(client: Client, values: dict[str, Any]) -> None:
+async def _list(client: Calls, values: dict[str, Any]) -> None:
     releases = await client.models.releases(values["run"])
     if values["as_json"]:
         click.echo(json_text([plain(each) for each in releases]))
@@ -77,7 +77,7 @@ async def _list(client: Client, values: dict[str, Any]) -> None:
     print_rows(columns, rows, "nothing was released yet")
 
 
-async def _show(client: Client, values: dict[str, Any]) -> None:
+async def _show(client: Calls, values: dict[str, Any]) -> None:
     reference = Reference.parse(values["run"])
     number = int(reference.name) if reference.name.isdigit() else 0
     release = await client.models.release(reference.run, number)
@@ -112,7 +112,7 @@ def _previous(release: pb.Release) -> str:
     return f"version {release.previous}" if release.previous else "what devices train on"
 
 
-async def _abort(client: Client, values: dict[str, Any]) -> None:
+async def _abort(client: Calls, values: dict[str, Any]) -> None:
     reference = Reference.parse(values["run"])
     number = int(reference.name) if reference.name.isdigit() else 0
     click.echo(release_line(await client.models.abort_release(reference.run, number, values["reason"])))

@@ -17,11 +17,11 @@ from typing import Any, Final
 import click
 
 from fedgrpc import toml
+from fedgrpc.calls import Calls
 from fedgrpc.cli.operator import steering
 from fedgrpc.cli.options import Declare, SettingsCommand
 from fedgrpc.cli.reach import client_command
 from fedgrpc.cli.values import plain_texts, read_file
-from fedgrpc.client import Client
 from fedgrpc.errors import UsageError
 from fedgrpc.v1.aggregator_pb2 import RunPhase, RunSummary
 from fedgrpc.words import run_line
@@ -68,12 +68,12 @@ def changes_of(items: Sequence[str]) -> Texts:
     return _with_whole_paths(texts, Path())
 
 
-async def _submit(client: Client, values: dict[str, Any]) -> None:
+async def _submit(client: Calls, values: dict[str, Any]) -> None:
     name, texts = submitted(values["file"])
     click.echo(run_line(await client.submit(values["name"] or name, {**texts, **changes_of(values["changes"])})))
 
 
-async def _list(client: Client, values: dict[str, Any]) -> None:
+async def _list(client: Calls, values: dict[str, Any]) -> None:
     print_runs(await client.runs())
 
 
@@ -99,14 +99,14 @@ def row_of(run: RunSummary) -> tuple[str, ...]:
     return (run.name, phase, rounds, str(run.model_version), workers, str(run.priority), run.learning_task or "-")
 
 
-async def _show(client: Client, values: dict[str, Any]) -> None:
+async def _show(client: Calls, values: dict[str, Any]) -> None:
     run = await client.of(values["run_name"]).run()
     click.echo(run_line(run))
     for name, text in sorted(run.settings.items()):
         click.echo(f"{name:<28} {text}")
 
 
-async def _set(client: Client, values: dict[str, Any]) -> None:
+async def _set(client: Calls, values: dict[str, Any]) -> None:
     changed = await client.of(values["run_name"]).change(changes_of(values["changes"]))
     for name, text in sorted(changed.items()):
         click.echo(f"{name}: {text}")
@@ -114,12 +114,12 @@ async def _set(client: Client, values: dict[str, Any]) -> None:
         click.echo("nothing changes")
 
 
-async def _clone(client: Client, values: dict[str, Any]) -> None:
+async def _clone(client: Calls, values: dict[str, Any]) -> None:
     changes = changes_of(values["changes"])
     click.echo(run_line(await client.of(values["run_name"]).clone(values["new_name"], changes, values["version"])))
 
 
-async def _remove(client: Client, values: dict[str, Any]) -> None:
+async def _remove(client: Calls, values: dict[str, Any]) -> None:
     await client.of(values["run_name"]).remove()
     click.echo(f"run {values['run_name']} is removed")
 

@@ -22,6 +22,7 @@ import click
 from rich.console import Console
 from rich.live import Live
 
+from fedgrpc.calls import Calls
 from fedgrpc.claims import printable
 from fedgrpc.cli import as_json
 from fedgrpc.cli.options import AS_JSON, Declare, SettingsCommand
@@ -31,7 +32,6 @@ from fedgrpc.cli.stored_runs import find_run, stored_runs
 from fedgrpc.cli.tables import links_table, live_view, predictions_table, rounds_table, workers_table
 from fedgrpc.cli.values import DURATION
 from fedgrpc.cli.view import piped_console, print_table
-from fedgrpc.client import Client
 from fedgrpc.errors import LinkError, UsageError
 from fedgrpc.protocol.records import version_to_proto
 from fedgrpc.rpc.retry import Backoff, Retries
@@ -209,7 +209,7 @@ async def _watched(values: dict[str, Any]) -> int:
             return await follow(aggregator, show, _remark(console), values["patience"])
 
 
-async def follow(aggregator: Client, show: Show, remark: Callable[[str], None], patience_s: float) -> int:
+async def follow(aggregator: Calls, show: Show, remark: Callable[[str], None], patience_s: float) -> int:
     """Show every change until the run ends; return the exit code.
 
     Raises `LinkError` where no aggregator answers at first, or again within `patience_s`.

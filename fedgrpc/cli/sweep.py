@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
@@ -16,21 +14,20 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedCo
 from rich.table import Table
 
 from fedgrpc import toml
-from fedgrpc.cli.experiment import IN_USE, parse_experiment
+from fedgrpc.cli.experiment import parse_experiment
 from fedgrpc.cli.options import Declare, SettingsCommand
 from fedgrpc.cli.values import read_file
 from fedgrpc.cli.view import piped_console, print_table
 from fedgrpc.logging import configure
+from fedgrpc.simulation.learning.play import IN_USE, as_csv, columns_of
 from fedgrpc.simulation.learning.plots import Curve, check_plot, pareto_front, plot_curves
-from fedgrpc.simulation.learning.sweep import Point, play_points, points_of, search_of
+from fedgrpc.simulation.learning.sweep import Point, Results, play_points, points_of, search_of, tidy_rows
 from fedgrpc.simulation.learning.versions import VersionRow
 from fedgrpc.storage.folder import hold_folder
 from fedgrpc.words import seconds, size
 
 _TABLE: Final = "sweep.csv"
 _PARQUET: Final = "sweep.parquet"
-
-Results = Mapping[str, Sequence[VersionRow]]
 
 
 def _run(**values: Any) -> None:
@@ -50,7 +47,7 @@ def _run(**values: Any) -> None:
         shown = progress.add_task("", total=len(points))
         results = play_points(points, out, values["jobs"], lambda done: progress.update(shown, completed=done))
     rows = tidy_rows(points, results)
-    (out / _TABLE).write_text(_csv(rows))
+    (out / _TABLE).write_text(as_csv(rows))
     written = [_TABLE, *([_PARQUET] if _write_parquet(rows, out / _PARQUET) else [])]
     if plot is not None:
         plot_curves(curves_of(points, results), plot)
@@ -62,27 +59,6 @@ def _run(**values: Any) -> None:
         console.print(f"plot: {plot}", highlight=False, markup=False)
 
 
-def tidy_rows(points: Sequence[Point], results: Results) -> list[dict[str, Any]]:
-    """Return one row for each version of each point, with the settings of the point in columns of their own."""
-    return [
-        {"point": point.number, "seed": point.seed, **point.choices, **row.to_dict()}
-        for point in points
-        for row in results[point.folder]
-    ]
-
-
-def _csv(rows: Sequence[Mapping[str, Any]]) -> str:
-    out = io.StringIO()
-    writer = csv.DictWriter(out, _columns(rows), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return out.getvalue()
-
-
-def _columns(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    return list(dict.fromkeys(name for row in rows for name in row))
-
-
 def _write_parquet(rows: Sequence[Mapping[str, Any]], path: Path) -> bool:
     """Write the table for programs as well; return whether pyarrow is there to do so."""
     try:
@@ -90,7 +66,7 @@ def _write_parquet(rows: Sequence[Mapping[str, Any]], path: Path) -> bool:
         import pyarrow.parquet as pq
     except ImportError:
         return False
-    pq.write_table(pa.table({name: [row.get(name) for row in rows] for name in _columns(rows)}), path)
+    pq.write_table(pa.table({name: [row.get(name) for row in rows] for name in columns_of(rows)}), path)
     return True
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import click
 
 from fedgrpc.cli.connection import client_settings, client_tls
-from fedgrpc.cli.learning_task import ALLOWED_TASKS, option_setting, trainer_for
+from fedgrpc.cli.learning_task import option_setting
 from fedgrpc.cli.options import Declare, Setting, SettingsCommand, pick
 from fedgrpc.cli.process import LOGS, begin, join_token
 from fedgrpc.cli.values import DURATION, RATE, SIZE, NamedValues
@@ -28,9 +28,10 @@ from fedgrpc.rpc.channel import Tls
 from fedgrpc.rpc.retry import Backoff
 from fedgrpc.trainer import TaskSetup, Trainer
 from fedgrpc.worker.device import usual_threads
-from fedgrpc.worker.process import run_worker
+from fedgrpc.worker.process import BuildTrainer, run_worker
 from fedgrpc.worker.settings import WorkerSettings
-from fedgrpc.worker.task_loader import find_task
+from fedgrpc.worker.task_choice import ALLOWED_TASKS, trainer_for
+from fedgrpc.worker.task_loader import find_task, reference_of
 from fedgrpc.worker.throttle import Throttle
 
 _place = Declare("Where", WorkerSettings)
@@ -245,28 +246,34 @@ def _parse_field(name: str, kind: type, text: str) -> Any:
         raise UsageError(f"--profile {name} must be a whole number, not {text!r}") from None
 
 
-def _run(**values: Any) -> int:
-    begin(values)
-    settings = settings_from(values)
+def builder_from(values: Mapping[str, Any], own_task: str | type | None) -> BuildTrainer:
+    """Return what builds the trainer of a run: of `own_task`, or of the run's. Raises `UsageError`.
+
+    Mistakes are reported before the worker dials its aggregator.
+    """
     setup = pick(TaskSetup, values, options=dict(values["options"]))
     if (threads := setup.threads or usual_threads()) is not None:
         use_threads(threads)
-    own_task: str | None = values["task"]
     if not all(pattern.strip() for pattern in values["allow_tasks"]):
         raise UsageError("--allow-task must name a task or a pattern, as in mine.tasks.*, not an empty text")
-    # Report mistakes before the worker dials its aggregator.
     if own_task is not None:
         find_task(own_task)
     if setup.partition is not None and setup.part is not None:
         parse_partition(setup.partition)
         parse_part(setup.part)
-
-    allowed = values["allow_tasks"] or ((own_task,) if own_task is not None else ALLOWED_TASKS)
+    own = (reference_of(own_task),) if own_task is not None else ALLOWED_TASKS
+    allowed = values["allow_tasks"] or own
 
     def build(registration: Registration) -> Trainer:
         return trainer_for(setup, own_task, registration, allowed)
 
-    return asyncio.run(run_worker(settings, build_trainer=build))
+    return build
+
+
+def _run(**values: Any) -> int:
+    begin(values)
+    settings = settings_from(values)
+    return asyncio.run(run_worker(settings, build_trainer=builder_from(values, values["task"])))
 
 
 COMMAND = SettingsCommand(

@@ -311,6 +311,18 @@ class ModelWriter:
         return b"" if sums.sha256 is None else hashlib.sha256(header + sums.sha256).digest()
 
 
+def read_weights(path: Path) -> dict[str, np.ndarray]:
+    """Return the tensors of a model file by name, a tied tensor under each of its names.
+
+    Raises `UsageError` for a file that is none, and `StorageError` for one that is cut short.
+    """
+    model = ModelFile.open(path)
+    weights: dict[str, np.ndarray] = {}
+    for index, spec in enumerate(model.layout):
+        weights |= dict.fromkeys((spec.name, *spec.tied_names), model.tensor(index))
+    return weights
+
+
 def write_model(
     path: Path, layout: Layout, tensors: Iterable[np.ndarray], about: Mapping[str, str] = MappingProxyType({})
 ) -> bytes:

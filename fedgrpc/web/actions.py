@@ -12,8 +12,8 @@ from urllib.parse import parse_qs
 from starlette.requests import Request
 from starlette.responses import RedirectResponse, Response
 
+from fedgrpc.calls import Calls
 from fedgrpc.claims import Text
-from fedgrpc.client import Client
 from fedgrpc.errors import NotFound, UsageError, WrongIdentity
 from fedgrpc.web.guard import MAX_BODY_BYTES
 from fedgrpc.web.rendering import in_path
@@ -78,11 +78,11 @@ class Actions:
         response.delete_cookie(COOKIE, httponly=True, samesite="strict")
         return response
 
-    def _run(self, request: Request) -> tuple[str, Client]:
+    def _run(self, request: Request) -> tuple[str, Calls]:
         name = str(request.path_params["run"])
         return name, self._steering(request).of(name)
 
-    def _steering(self, request: Request) -> Client:
+    def _steering(self, request: Request) -> Calls:
         visitor = self._visitors.visitor(request)
         if not visitor.steers:
             who = f"the {visitor.role} {visitor.name!r}" if visitor.name else "who has not signed in"

@@ -15,7 +15,7 @@ from starlette.routing import Mount, Route
 from starlette.staticfiles import StaticFiles
 
 from fedgrpc import errors
-from fedgrpc.client import Client
+from fedgrpc.calls import Calls
 from fedgrpc.web.actions import Actions
 from fedgrpc.web.guard import Guard
 from fedgrpc.web.views import Views
@@ -40,7 +40,7 @@ _STATUS: Final[dict[type[errors.FedgrpcError], int]] = {
 log = structlog.get_logger()
 
 
-def application(client_of: Callable[[Visitor], Client], visitors: Visitors, hosts: Collection[str]) -> Starlette:
+def application(client_of: Callable[[Visitor], Calls], visitors: Visitors, hosts: Collection[str]) -> Starlette:
     """Return the page. `client_of` gives the client for a visitor; `hosts` are the names of the page."""
     views = Views(client_of, visitors)
     actions = Actions(views, visitors)

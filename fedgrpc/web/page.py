@@ -23,7 +23,7 @@ from typing import Final
 import psutil
 import structlog
 
-from fedgrpc.client import Client
+from fedgrpc.calls import Calls
 from fedgrpc.errors import StorageError, UsageError
 from fedgrpc.rpc.address import Address
 from fedgrpc.rpc.behalf import BehalfChannel
@@ -133,12 +133,12 @@ async def _served(
             yield port
 
 
-def client_for(channel: object, address: str) -> Callable[[Visitor], Client]:
+def client_for(channel: object, address: str) -> Callable[[Visitor], Calls]:
     """Return the function that gives the client with which to call for a visitor."""
 
-    def client(visitor: Visitor) -> Client:
+    def client(visitor: Visitor) -> Calls:
         over = channel if visitor.behalf is None else BehalfChannel(channel, visitor.behalf)
-        return Client(over, address)
+        return Calls(over, address)
 
     return client
 

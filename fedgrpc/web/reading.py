@@ -14,7 +14,7 @@ from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any, Final, Generic, TypeVar
 
-from fedgrpc.client import Client
+from fedgrpc.calls import Calls
 from fedgrpc.errors import CorruptError
 from fedgrpc.identity.audit import Position, check_line
 from fedgrpc.web.rounds import PastTask, RoundSummary, past_task, summary_of
@@ -34,14 +34,14 @@ _MAX_LINE: Final = 64 << 10
 class Fresh(Generic[T]):
     """A value that is read again when it is asked for and too old. Those who ask at once share one reading."""
 
-    def __init__(self, max_age_s: float, read: Callable[[Client], Awaitable[T]]) -> None:
+    def __init__(self, max_age_s: float, read: Callable[[Calls], Awaitable[T]]) -> None:
         self._max_age_s = max_age_s
         self._read = read
         self._reading = asyncio.Lock()
         self._value: T | None = None
         self._read_at = -max_age_s
 
-    async def get(self, client: Client) -> T:
+    async def get(self, client: Calls) -> T:
         """Return the value. Raises what reading it raises."""
         async with self._reading:
             if self._value is None or time.monotonic() - self._read_at >= self._max_age_s:
@@ -58,7 +58,7 @@ class RoundHistory:
         self._rounds: dict[int, RoundSummary] = {}
         self._reading = asyncio.Lock()
 
-    async def rounds(self, client: Client) -> Sequence[RoundSummary]:
+    async def rounds(self, client: Calls) -> Sequence[RoundSummary]:
         """Return the summaries, oldest first, with what has come since the last call."""
         async with self._reading:
             newest = max(self._rounds, default=-1)
@@ -76,7 +76,7 @@ class RoundHistory:
             return [self._rounds[number] for number in sorted(self._rounds)]
 
 
-async def past_tasks(client: Client, worker: str) -> list[PastTask]:
+async def past_tasks(client: Calls, worker: str) -> list[PastTask]:
     """Return the last tasks of a worker in the last rounds of the client's run, newest first."""
     found: list[PastTask] = []
     async with aclosing(client.rounds_back(page_size=_PAGE)) as records:  # type: ignore[type-var]
@@ -126,7 +126,7 @@ class AuditTail:
         # Why the log is not trusted from some line on.
         self.damage = ""
 
-    async def lines(self, client: Client) -> Sequence[AuditRecord]:
+    async def lines(self, client: Calls) -> Sequence[AuditRecord]:
         """Return the lines, newest first, with what has come since the last call."""
         async with self._reading:
             if not self.damage:

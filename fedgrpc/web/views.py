@@ -12,8 +12,8 @@ from typing import Any, Final
 from starlette.requests import Request
 from starlette.responses import HTMLResponse, JSONResponse, RedirectResponse, Response, StreamingResponse
 
+from fedgrpc.calls import Calls
 from fedgrpc.claims import NUMBER, Text
-from fedgrpc.client import Client
 from fedgrpc.errors import FedgrpcError, NotFound, UsageError
 from fedgrpc.protocol.durations import duration_from_proto
 from fedgrpc.runs.scheduler import PATIENCE_S
@@ -44,7 +44,7 @@ News = pb.WatchRoundsResponse
 class Views:
     """Handlers of GET requests, and what they have read. Lives on one event loop."""
 
-    def __init__(self, client_of: Callable[[Visitor], Client], visitors: Visitors) -> None:
+    def __init__(self, client_of: Callable[[Visitor], Calls], visitors: Visitors) -> None:
         self.client_of = client_of
         self._visitors = visitors
         self._templates = environment()
@@ -61,7 +61,7 @@ class Views:
         return HTMLResponse(text, status)
 
     async def _page(
-        self, request: Request, name: str, visitor: Visitor, client: Client, values: Mapping[str, Any]
+        self, request: Request, name: str, visitor: Visitor, client: Calls, values: Mapping[str, Any]
     ) -> Response:
         # Made for every page: the aggregator says whether this visitor may see anything now.
         serving = await client.healthy()
@@ -74,7 +74,7 @@ class Views:
         )
         return HTMLResponse(text)
 
-    def _visit(self, request: Request) -> tuple[Visitor, Client]:
+    def _visit(self, request: Request) -> tuple[Visitor, Calls]:
         visitor = self._visitors.visitor(request)
         return visitor, self.client_of(visitor)
 
@@ -101,7 +101,7 @@ class Views:
         shown["releases"] = releases[:_RELEASES_SHOWN]
         return await self._page(request, "run.html", visitor, client, {**self._live_values(news), **shown})
 
-    async def _history(self, run: pb.Run, client: Client) -> Sequence[Any]:
+    async def _history(self, run: pb.Run, client: Calls) -> Sequence[Any]:
         known = self._histories.get(run.name)
         if known is None or known.run_id != run.id:
             while len(self._histories) >= _MAX_RUNS:

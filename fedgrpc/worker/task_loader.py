@@ -17,7 +17,7 @@ from fedgrpc.worker.guarded_trainer import guarded, users_code
 
 
 def load_trainer(
-    reference: str,
+    task: str | type,
     *,
     model: str | None = None,
     data: Path | None = None,
@@ -29,7 +29,7 @@ def load_trainer(
     threads: int | None = None,
     here: bool = True,
 ) -> Trainer:
-    """Find and construct the task `package.module:Class`, or `package.module` with one task class in it.
+    """Find and construct a task: a class, `package.module:Class`, or `package.module` with one task class in it.
 
     `partition` (`iid`, `dirichlet:0.5`, `shards:2`, `labels:2`, `quantity:0.5`) with `part` (`3/10`) makes the
     task take its part of a common data set. With `here`, modules in the working folder are found, too. The
@@ -41,15 +41,26 @@ def load_trainer(
         TaskError: importing or constructing it raised.
     """
     setup = TaskSetup(model, data, device, partition, part, seed, dict(options or {}), threads)
-    task = find_task(reference, here)
+    reference = reference_of(task)
+    found = find_task(task, here)
     with users_code(reference):
-        trainer = _construct(task, setup, reference)
+        trainer = _construct(found, setup, reference)
     return guarded(trainer, reference)
 
 
-def find_task(reference: str, here: bool = True) -> type:
+def reference_of(task: str | type) -> str:
+    """Return the reference of a task that is named or given."""
+    return task if isinstance(task, str) else f"{task.__module__}:{task.__qualname__}"
+
+
+def find_task(task: str | type, here: bool = True) -> type:
     """Find the class that `load_trainer` constructs, with `here` also in the working folder. Raises likewise."""
     rest_while_waiting()
+    if isinstance(task, type):
+        if not _is_task(task):
+            raise UsageError(f"task {reference_of(task)} lacks initial_weights, train or evaluate")
+        return task
+    reference = task
     module_name, _, class_name = reference.partition(":")
     if not all(part.isidentifier() for part in module_name.split(".")):
         raise UsageError(f"task {reference!r} must look like package.module or package.module:Class")

@@ -120,7 +120,7 @@ def test_where_no_aggregator_runs_the_data_folder_is_read(tmp_path, capsys):
 
 
 async def test_a_download_that_broke_off_goes_on_and_another_payload_starts_over(ended_run, tmp_path):
-    from fedgrpc.client import connect
+    from fedgrpc.calls import connect
 
     path, asked = tmp_path / "model.safetensors", []
     async with connect(ended_run.address) as client:

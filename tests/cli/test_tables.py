@@ -6,9 +6,9 @@ import io
 
 from rich.console import Console
 
+from fedgrpc.calls import natural_order
 from fedgrpc.cli.run import row_of
 from fedgrpc.cli.tables import Column, Table, predictions_table, rounds_table, task_table, workers_table
-from fedgrpc.client import natural_order
 from fedgrpc.v1 import aggregator_pb2 as pb
 from fedgrpc.v1 import round_pb2
 

@@ -11,8 +11,8 @@ from typing import Any, cast
 
 import pytest
 
+from fedgrpc.calls import Calls
 from fedgrpc.cli.status import follow
-from fedgrpc.client import Client
 from fedgrpc.errors import LinkError
 from fedgrpc.v1 import aggregator_pb2 as pb
 from tests.support.command_line import (
@@ -126,7 +126,7 @@ class _Quiet:
 async def test_patience_counts_from_the_loss_and_not_from_the_last_news(monkeypatch: pytest.MonkeyPatch) -> None:
     quiet = _Quiet()
     monkeypatch.setattr("fedgrpc.cli.status.time", quiet)
-    assert await follow(cast(Client, quiet), lambda news, scored: None, lambda text: None, patience_s=300) == 0
+    assert await follow(cast(Calls, quiet), lambda news, scored: None, lambda text: None, patience_s=300) == 0
 
 
 def test_status_and_watch_are_of_the_run_that_is_named(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from contextlib import ExitStack, aclosing
 
 import pytest
 
-from fedgrpc.client import connect
+from fedgrpc.calls import connect
 from fedgrpc.v1 import aggregator_pb2 as pb
 from fedgrpc.v1.round_pb2 import TASK_PHASE_ACCEPTED
 from tests.faults.test_aggregator_killed import Kept

@@ -2,7 +2,7 @@
 
 import asyncio
 
-from fedgrpc.client import connect
+from fedgrpc.calls import connect
 from fedgrpc.rpc.channel import MAX_MESSAGE_BYTES
 from fedgrpc.v1 import aggregator_pb2 as pb
 from fedgrpc.v1 import round_pb2

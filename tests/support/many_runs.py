@@ -7,8 +7,8 @@ from functools import partial
 from pathlib import Path
 
 from fedgrpc.aggregator.server import Aggregator, Hosting
+from fedgrpc.calls import connect
 from fedgrpc.cli.aggregator import COMMAND, run_settings, run_texts
-from fedgrpc.client import connect
 from fedgrpc.rpc.address import local_address
 from tests.support.hand_driven_device import PATIENCE_S
 from tests.support.running_federation import settings_for

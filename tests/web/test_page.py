@@ -6,7 +6,7 @@ import json
 import httpx
 import pytest
 
-from fedgrpc.client import connect
+from fedgrpc.calls import connect
 from fedgrpc.errors import Exhausted, UsageError, WrongIdentity
 from fedgrpc.v1 import aggregator_pb2 as pb
 from fedgrpc.v1.round_pb2 import TASK_PHASE_FAILED

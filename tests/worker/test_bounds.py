@@ -2,9 +2,9 @@
 
 import pytest
 
-from fedgrpc.cli.learning_task import is_allowed
 from fedgrpc.submodels.cost import FIRST_TASK_BYTES
 from fedgrpc.v1 import round_pb2
+from fedgrpc.worker.task_choice import is_allowed
 from tests.support.fake_aggregator import FakeAggregator, model, train_task
 from tests.support.running_worker import AddOneTrainer, run_against
 

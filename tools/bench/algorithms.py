@@ -17,7 +17,7 @@ import structlog
 
 from fedgrpc.aggregator.server import Aggregator
 from fedgrpc.aggregator.settings import AggregatorSettings
-from fedgrpc.client import connect
+from fedgrpc.calls import connect
 from fedgrpc.rounds.policy import RoundPolicy
 from fedgrpc.training_plan import TrainingPlan
 from fedgrpc.v1 import aggregator_pb2, round_pb2

@@ -25,8 +25,8 @@ from typing import Any
 
 import numpy as np
 
+from fedgrpc.calls import Calls
 from fedgrpc.cli.reach import reached
-from fedgrpc.client import Client
 from fedgrpc.trainer import TrainJob, TrainResult
 from fedgrpc.v1 import aggregator_pb2 as pb
 from tools.bench.load.workers import PATIENCE_S
@@ -128,7 +128,7 @@ async def measure(fleet: Fleet, at_once: int) -> dict[str, float]:
     return found
 
 
-async def _is_played(client: Client) -> bool:
+async def _is_played(client: Calls) -> bool:
     return (await client.run()).phase == pb.RUN_PHASE_FINISHED
 
 

@@ -12,8 +12,8 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Final
 
+from fedgrpc.calls import Calls
 from fedgrpc.cli.reach import reached
-from fedgrpc.client import Client
 from fedgrpc.datasets.partition import parse_partition
 from fedgrpc.datasets.shares import load_named, write_shares
 from fedgrpc.errors import LinkError
@@ -137,7 +137,7 @@ class Fleet:
             await asyncio.to_thread(worker.start)
         self.tell(f"1 aggregator and {len(self.workers)} devices started")
 
-    async def client(self, call: Callable[[Client], Awaitable[bool]]) -> bool:
+    async def client(self, call: Callable[[Calls], Awaitable[bool]]) -> bool:
         """Make calls as the operator; False where no aggregator answers."""
         way = {"context": self.context, "tls": False, "tls_ca": None, "tls_cert": None, "tls_key": None}
         try:
@@ -146,12 +146,12 @@ class Fleet:
         except LinkError:
             return False
 
-    async def until(self, call: Callable[[Client], Awaitable[bool]]) -> None:
+    async def until(self, call: Callable[[Calls], Awaitable[bool]]) -> None:
         """Wait until a call says that it is so, through an aggregator that goes and comes back."""
         while not await self.client(call):  # noqa: ASYNC110 - it asks another process
             await asyncio.sleep(LOOK_S)
 
-    async def rounds(self, client: Client, run: str) -> list[Round]:
+    async def rounds(self, client: Calls, run: str) -> list[Round]:
         """Every round of a run; what is seen to be accepted is remembered."""
         rounds = await client.of(run).all_rounds()
         self.accepted |= {(run, *update) for update in accepted_in(rounds)}

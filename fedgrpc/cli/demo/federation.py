@@ -14,8 +14,8 @@ from typing import Final, NoReturn
 
 import click
 
+from fedgrpc.calls import Calls, connect
 from fedgrpc.cli.demo.processes import Device, Processes
-from fedgrpc.client import Client, connect
 from fedgrpc.errors import FedgrpcError, UsageError
 from fedgrpc.v1.aggregator_pb2 import Run, RunPhase
 from fedgrpc.v1.round_pb2 import Round, RoundPhase, TaskKind, TaskPhase
@@ -184,7 +184,7 @@ class Federation:
 
     async def _follow(
         self,
-        aggregator: Client,
+        aggregator: Calls,
         straggler: Straggler,
         show: Callable[[Run, Round], None],
         tell: Callable[[str], None],
@@ -280,7 +280,7 @@ class Federation:
             while self._remarks:
                 tell(self._remarks.pop(0))
 
-    async def _gather(self, aggregator: Client) -> History:
+    async def _gather(self, aggregator: Calls) -> History:
         """Read the history before the aggregator exits. The evaluator ends once it has scored the last version."""
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(_LAST_SCORES_S):

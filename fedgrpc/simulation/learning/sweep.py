@@ -39,6 +39,8 @@ ReadExperiment = Callable[[Mapping[str, Any]], Experiment]
 Changes = dict[str, Any]
 # Values of one axis, by the name that tables show: the settings that each changes.
 Axis = dict[Any, Changes]
+# The versions of each point, by the name of its folder.
+Results = Mapping[str, Sequence[VersionRow]]
 
 
 @dataclass(frozen=True)
@@ -196,6 +198,15 @@ def play_points(
         for process in processes:
             process.kill()
     return {point.folder: results[point.folder] for point in points}
+
+
+def tidy_rows(points: Sequence[Point], results: Results) -> list[dict[str, Any]]:
+    """Return one row for each version of each point, with the settings of the point in columns of their own."""
+    return [
+        {"point": point.number, "seed": point.seed, **point.choices, **row.to_dict()}
+        for point in points
+        for row in results[point.folder]
+    ]
 
 
 def _done(folder: Path) -> list[VersionRow]:

@@ -31,7 +31,7 @@ _PAGE = 1000
 Settings = Mapping[str, str | Sequence[str]]
 
 
-class Client:
+class Calls:
     """Calls to one aggregator. Every method raises `LinkError` when it cannot be reached.
 
     Calls about a run are about `run_name`; "": the one that the aggregator was started with, else its only one.
@@ -50,9 +50,9 @@ class Client:
         self.identities = IdentityClient(identity(channel), self._reaching)
         self.models = ModelClient(channel, self._reaching)
 
-    def of(self, run_name: str) -> Client:
+    def of(self, run_name: str) -> Calls:
         """Return a client of another run of the same aggregator, over the same connection."""
-        return Client(self._channel, self.address, self._tls, run_name)
+        return Calls(self._channel, self.address, self._tls, run_name)
 
     async def runs(self) -> list[pb.RunSummary]:
         """Return every run of the aggregator, oldest first."""
@@ -221,7 +221,7 @@ class Client:
 
 
 class IdentityClient:
-    """Calls about members and join tokens. Raises as `Client`, and what identity.proto says of each call."""
+    """Calls about members and join tokens. Raises as `Calls`, and what identity.proto says of each call."""
 
     def __init__(self, stub: Any, reaching: Callable[[], AbstractContextManager[None]]) -> None:
         self._stub = stub
@@ -309,10 +309,10 @@ class IdentityClient:
 
 
 @asynccontextmanager
-async def connect(address: str, tls: Tls | None = None, run_name: str = "") -> AsyncIterator[Client]:
+async def connect(address: str, tls: Tls | None = None, run_name: str = "") -> AsyncIterator[Calls]:
     """Dial an aggregator for the length of the block."""
     async with open_channel(address, tls) as channel:
-        yield Client(channel, address, tls, run_name)
+        yield Calls(channel, address, tls, run_name)
 
 
 def _run_settings(settings: Settings) -> list[pb.RunSetting]:
