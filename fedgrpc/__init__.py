@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from fedgrpc.codec.encoding import Encoding
     from fedgrpc.datasets.partition import Partition
     from fedgrpc.errors import FedgrpcError
+    from fedgrpc.rounds.selector import Selector
     from fedgrpc.torch.task import TorchTask
     from fedgrpc.tracking.tracker import Tracker
     from fedgrpc.trainer import EvalResult, Trainer, TrainJob, TrainResult
@@ -44,6 +45,7 @@ _PLACES = {
     "fedgrpc.algorithms.algorithm": ("Algorithm",),
     "fedgrpc.codec.encoding": ("Encoding",),
     "fedgrpc.datasets.partition": ("Partition",),
+    "fedgrpc.rounds.selector": ("Selector",),
     "fedgrpc.tracking.tracker": ("Tracker",),
 }
 _MODULES = {name: module for module, names in _PLACES.items() for name in names}
@@ -63,6 +65,7 @@ __all__ = [
     "Round",
     "Rows",
     "Run",
+    "Selector",
     "ServerOptimizer",
     "Task",
     "TorchTask",

@@ -25,14 +25,14 @@ MAY_IMPORT: dict[str, set[str]] = {
     "toml": {"errors"},
     "training_plan": {"errors"},
     "v1": set(),
-    "codec": {"errors"},
+    "codec": {"errors", "plugins"},
     "submodels": {"errors", "claims", "toml"},
     "aggregation": {"errors", "claims", "submodels", "plugins"},
     "plugins": {"errors"},
     "algorithms": {"errors", "plugins", "training_plan", "codec", "aggregation"},
-    "tracking": {"errors", "v1"},
+    "tracking": {"errors", "plugins", "v1"},
     "privacy": {"errors", "claims", "codec", "aggregation"},
-    "rounds": {"errors", "claims"},
+    "rounds": {"errors", "claims", "plugins"},
     "runs": {
         "errors",
         "claims",
@@ -55,7 +55,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "storage": {*CORE, "v1", "protocol", "process"},
     "aggregator": {
         *(*CORE, "v1", "protocol", "rpc", "identity", "storage", "aio", "process", "logging", "metrics"),
-        *("tracking", "tracing"),
+        *("tracking", "tracing", "plugins"),
     },
     "worker": {
         "tracing",
@@ -96,7 +96,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "calls": {"errors", "rpc", "identity", "storage", "v1", "model_client"},
     "reach": {"errors", "calls", "rpc", "identity", "protocol"},
     "model_client": {"errors", "codec", "protocol", "rpc", "storage", "v1"},
-    "datasets": {"errors", "storage"},
+    "datasets": {"errors", "plugins", "storage"},
     "torch": {"errors", "codec", "submodels", "algorithms", "storage", "datasets", "trainer", "worker"},
     "tasks": {"errors", "datasets", "torch", "trainer", "worker"},
     # The run as it is deployed, but for transport and clock: above both sides, as a leaf is.
@@ -125,7 +125,19 @@ MAY_IMPORT: dict[str, set[str]] = {
     "cli": {
         "plots",
         *(*CORE, "trainer", "v1", "protocol", "rpc", "identity", "storage", "process", "logging", "metrics"),
-        *("calls", "reach", "model_client", "aggregator", "worker", "hierarchy", "datasets", "tasks", "torch"),
+        *(
+            "calls",
+            "reach",
+            "plugins",
+            "tracking",
+            "model_client",
+            "aggregator",
+            "worker",
+            "hierarchy",
+            "datasets",
+            "tasks",
+            "torch",
+        ),
         *("simulation", "toml", "words", "web", "gauges", "tracing"),
     },
 }

@@ -8,12 +8,13 @@ nothing.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import ClassVar, Protocol
+from dataclasses import dataclass, replace
+from typing import ClassVar, Final, Protocol
 
 import numpy as np
 
 from fedgrpc.errors import UsageError
+from fedgrpc.plugins import make
 
 OptimizerState = tuple[np.ndarray, ...]
 
@@ -109,7 +110,7 @@ class FedAdam(_Adaptive):
         return np.asarray(self.beta2 * v + (1 - self.beta2) * square)
 
 
-OPTIMIZERS: dict[str, type] = {
+OPTIMIZERS: Final[dict[str, type]] = {
     "fedavg": FedAvg,
     "fedavgm": FedAvgM,
     "fedadagrad": FedAdagrad,
@@ -118,14 +119,17 @@ OPTIMIZERS: dict[str, type] = {
 }
 
 
-def server_optimizer(name: str, learning_rate: float | None = None) -> ServerOptimizer:
-    """Return the optimizer of that name. Raises `UsageError` for an unknown name or learning rate <= 0."""
-    if name not in OPTIMIZERS:
-        raise UsageError(f"no server optimizer {name!r}; known: {', '.join(OPTIMIZERS)}")
-    if learning_rate is None:
-        optimizer: ServerOptimizer = OPTIMIZERS[name]()
-    elif 0 < learning_rate < math.inf:
-        optimizer = OPTIMIZERS[name](learning_rate=learning_rate)
-    else:
+def server_optimizer(text: str, learning_rate: float | None = None) -> ServerOptimizer:
+    """Return the optimizer of a text such as `fedadam:beta1=0.8`, with this learning rate if there is one.
+
+    Raises `UsageError` for an unknown name, a class that is no optimizer, or a learning rate <= 0.
+    """
+    if learning_rate is not None and not 0 < learning_rate < math.inf:
         raise UsageError(f"the server's learning rate must be positive and finite, not {learning_rate:g}")
+    made = make("server optimizer", text, OPTIMIZERS)
+    if not callable(getattr(made, "step", None)) or not isinstance(getattr(made, "state_count", None), int):
+        raise UsageError(f"server optimizer {text}: the class has no step() or no state_count")
+    if not hasattr(made, "learning_rate"):
+        raise UsageError(f"server optimizer {text}: the class has no field learning_rate")
+    optimizer: ServerOptimizer = made if learning_rate is None else replace(made, learning_rate=learning_rate)
     return optimizer

@@ -6,17 +6,33 @@ reading the one and importing the other is more than steering runs. Every text i
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Final
 
 from fedgrpc.aggregation.robust.aggregation import own_rules
+from fedgrpc.aggregation.server_optimizer import OPTIMIZERS
 from fedgrpc.algorithms.registry import own_class
 from fedgrpc.errors import UsageError
+from fedgrpc.plugins import comes_with_fedgrpc
+from fedgrpc.rounds.selector import SELECTIONS
 from fedgrpc.v1.aggregator_pb2 import RunSetting
 
 # Settings that name a file of the aggregator's host.
 _FILES: Final = frozenset({"initial_model", "local_models"})
 _MOST_CHARS: Final = 4096
+
+
+def _not_of(known: Mapping[str, object]) -> Callable[[str], str]:
+    return lambda text: "" if comes_with_fedgrpc(text, known) else text
+
+
+# Settings that name classes: what of a text does not come with fedgrpc.
+_CLASSES: Final[Mapping[str, Callable[[str], str]]] = {
+    "algorithm": own_class,
+    "aggregation": own_rules,
+    "server_optimizer": _not_of(OPTIMIZERS),
+    "selection": _not_of(SELECTIONS),
+}
 _MOST_VALUES: Final = 1000
 
 
@@ -42,7 +58,7 @@ def _check_remote(name: str, values: Iterable[str]) -> None:
     """Raise `UsageError` for what only a caller on the aggregator's host may set."""
     if name in _FILES:
         raise UsageError(f"{name} names a file on the aggregator's host: submit there, by --data-dir")
-    own = {"algorithm": own_class, "aggregation": own_rules}.get(name)
+    own = _CLASSES.get(name)
     if own is not None and (found := next(filter(None, map(own, values)), "")):
         raise UsageError(
             f"{name} {found[:80]!r} does not come with fedgrpc, and for callers from elsewhere the aggregator "

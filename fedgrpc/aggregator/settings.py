@@ -17,6 +17,7 @@ from typing import Final
 
 from fedgrpc.aggregation.admission import AdmissionPolicy
 from fedgrpc.aggregation.robust.aggregation import MEAN, aggregation_of
+from fedgrpc.aggregation.server_optimizer import server_optimizer
 from fedgrpc.aggregator.negotiation import Negotiation
 from fedgrpc.aggregator.roles import Roles
 from fedgrpc.algorithms.combinations import check_algorithm, counts_differences_alone
@@ -30,6 +31,7 @@ from fedgrpc.privacy.policy import PrivacyPolicy
 from fedgrpc.privacy.secure_policy import LEAST_DEVICES, SecurePolicy
 from fedgrpc.rounds.policy import RoundPolicy
 from fedgrpc.rounds.selection import SelectionPolicy
+from fedgrpc.rounds.selector import UNIFORM
 from fedgrpc.rpc.address import Address
 from fedgrpc.rpc.channel import MAX_CHUNK_BYTES, Tls
 from fedgrpc.runs.eligibility import parse as parse_requires
@@ -227,6 +229,7 @@ class AggregatorSettings:
         """Check the factors on updates, and that the algorithm goes with the other settings."""
         if not 0 <= self.staleness_exponent < math.inf:
             raise UsageError(f"staleness_exponent must be a number from 0, not {self.staleness_exponent:g}")
+        server_optimizer(self.server_optimizer, self.server_learning_rate)
         clips = self.clip_norm is not None or self.clip_quantile is not None
         check_algorithm(
             self.plan,
@@ -269,8 +272,8 @@ class AggregatorSettings:
             "local_models of a part go without privacy: few devices would share a coordinate": not all(
                 map(covers_all, plans)
             ),
-            "selection = 'oort' goes without privacy: it chooses by what devices have sent": (
-                self.choosing.selection == "oort"
+            "selection goes without privacy: it may choose by what devices have sent": (
+                self.choosing.selection != UNIFORM
             ),
             "target_epsilon needs rounds: noise is computed for all of them": (
                 privacy.target_epsilon is not None and self.rounds is None

@@ -57,6 +57,7 @@ COMMANDS: Final = {
     "check": "fedgrpc.cli.check:CHECK",
     "plan": "fedgrpc.cli.plan:COMMAND",
     "health": "fedgrpc.cli.health:COMMAND",
+    "plugins": "fedgrpc.cli.plugins:COMMAND",
     "simulate": "fedgrpc.cli.simulate:COMMAND",
     "sweep": "fedgrpc.cli.sweep:COMMAND",
     "profile": "fedgrpc.cli.profile:COMMAND",

@@ -21,6 +21,7 @@ from fedgrpc.cli.options import SettingsCommand, pick
 from fedgrpc.cli.process import begin, join_token, server_tls
 from fedgrpc.cli.run import submitted
 from fedgrpc.cli.values import read_file
+from fedgrpc.codec.encoding import load_encodings
 from fedgrpc.errors import UsageError
 from fedgrpc.gauges import Gauges
 from fedgrpc.hierarchy.process import run_leaf
@@ -41,6 +42,7 @@ from fedgrpc.worker.settings import WorkerSettings
 
 def settings_from(values: dict[str, Any]) -> AggregatorSettings:
     """Build the settings from the values of the command line. Raises `UsageError`."""
+    load_encodings()
     both, plans = values["encoding"], values["local_models"]
     return pick(
         AggregatorSettings,

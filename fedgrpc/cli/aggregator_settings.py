@@ -10,7 +10,6 @@ from typing import Any, Final
 
 import click
 
-from fedgrpc.aggregation.server_optimizer import OPTIMIZERS
 from fedgrpc.aggregator.settings import AggregatorSettings
 from fedgrpc.cli.beside import PAGE_SETTINGS
 from fedgrpc.cli.connection import FILE, tls_settings
@@ -114,7 +113,12 @@ SETTINGS: list[Setting] = [
     _policy("--deadline-floor", "Shortest learned deadline.", name="deadline_floor_s", type=DURATION),
     _choosing("--deadline-quantile", "Predict each worker by this quantile of its past times."),
     _choosing("--deadline-margin", "Multiply the predicted time by this."),
-    _choosing("--selection", "Select workers at random, or by usefulness and speed (Oort)."),
+    _choosing(
+        "--selection",
+        "Select workers at random (uniform), by usefulness and speed (oort), or by a plugin "
+        "(docs/guide/extend.md).",
+        metavar="SELECTION",
+    ),
     _choosing("--fairness", "Oort: share of a round for the workers that have waited longest."),
     _choosing(
         "--exploration",
@@ -216,7 +220,10 @@ SETTINGS: list[Setting] = [
         "An update that is N versions late is weighted by (1 + N) to the power of minus this.",
     ),
     _mean(
-        "--server-optimizer", "Server optimizer that applies the mean update.", type=click.Choice(list(OPTIMIZERS))
+        "--server-optimizer",
+        "Server optimizer that applies the mean update: fedavg, fedavgm, fedadagrad, fedyogi, fedadam, with "
+        "options as in fedadam:beta1=0.8, or a plugin (docs/guide/extend.md).",
+        metavar="OPTIMIZER",
     ),
     _mean("--server-learning-rate", "Step size of the server optimizer; without: its usual one."),
     _mean("--max-update-norm", "Reject updates with a larger L2 norm."),

@@ -18,7 +18,7 @@ from fedgrpc.cli.learning_task import option_setting
 from fedgrpc.cli.options import Declare, Setting, SettingsCommand, pick
 from fedgrpc.cli.process import LOGS, begin, join_token
 from fedgrpc.cli.values import DURATION, RATE, SIZE, NamedValues
-from fedgrpc.codec.encoding import ENCODING_NAMES
+from fedgrpc.codec.encoding import encoding_names, load_encodings
 from fedgrpc.datasets.partition import PARTITIONS, parse_part, parse_partition
 from fedgrpc.errors import UsageError
 from fedgrpc.process import use_threads
@@ -182,6 +182,7 @@ SETTINGS: list[Setting] = [
 
 def settings_from(values: Mapping[str, Any]) -> WorkerSettings:
     """Build the settings from the values of the command line. Raises `UsageError`."""
+    load_encodings()
     name = values["name"] or socket.gethostname()
     serve_tls = Tls(None, values["serve_tls_cert"], values["serve_tls_key"])
     more = {
@@ -209,7 +210,7 @@ def _backoff(values: Mapping[str, Any]) -> Backoff:
 
 def _encodings(text: str | None) -> tuple[str, ...]:
     if text is None:
-        return ENCODING_NAMES
+        return encoding_names()
     return tuple(name.strip() for name in text.split(",") if name.strip())
 
 

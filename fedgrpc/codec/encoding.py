@@ -7,8 +7,9 @@ and carries in its text form (`str(encoding)`) all that a reader needs besides t
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import is_dataclass
 from functools import lru_cache, partial
-from typing import ClassVar, Protocol
+from typing import Any, ClassVar, Protocol
 
 import numpy as np
 
@@ -22,6 +23,7 @@ from fedgrpc.codec.rotated import Rotated
 from fedgrpc.codec.sparse import Threshold, TopK
 from fedgrpc.codec.uniform import BITS, Uniform
 from fedgrpc.errors import UsageError
+from fedgrpc.plugins import class_of, installed
 
 Buffer = bytes | bytearray | memoryview
 MAX_TEXT_CHARS = 200
@@ -69,7 +71,30 @@ for _bits in (1, 2, 3, 4):
 for _bits in BITS:
     _PARSERS[f"int{_bits}"] = _PARSERS[f"uniform{_bits}"] = partial(parse_options, Uniform, bits=_bits)
 
+# Those that come with fedgrpc.
 ENCODING_NAMES: tuple[str, ...] = tuple(_PARSERS)
+
+
+def load_encodings() -> None:
+    """Import the encodings of installed packages. A process does so when it starts, before any message comes.
+
+    A manifest from a peer names encodings, and so must import nothing: it finds those that are loaded. Raises
+    `UsageError` for a package whose encoding cannot be used.
+    """
+    for plugin in installed("encoding"):
+        if plugin.name in ENCODING_NAMES:
+            raise UsageError(f"encoding {plugin.name} of {plugin.package}: fedgrpc has one of this name")
+        if plugin.name not in _PARSERS:
+            own: Any = class_of("encoding", plugin.name, {})[1]
+            fits = is_dataclass(own) and getattr(own, "name", None) == plugin.name
+            if not fits:
+                raise UsageError(f"encoding {plugin.reference} must be a dataclass with the name {plugin.name!r}")
+            _PARSERS[plugin.name] = partial(parse_options, own)
+
+
+def encoding_names() -> tuple[str, ...]:
+    """Return the names of all encodings that are loaded."""
+    return tuple(_PARSERS)
 
 
 @lru_cache(maxsize=1024)
@@ -79,5 +104,5 @@ def parse_encoding(text: str) -> Encoding:
         raise UsageError(f"an encoding of {len(text)} characters; allowed: {MAX_TEXT_CHARS}")
     name, _, options = text.strip().partition(":")
     if name not in _PARSERS:
-        raise UsageError(f"unknown encoding {name!r}; known: {', '.join(ENCODING_NAMES)}")
+        raise UsageError(f"unknown encoding {name!r}; known: {', '.join(_PARSERS)}")
     return _PARSERS[name](options)

@@ -18,7 +18,7 @@ _CONVERTERS: dict[str, Any] = {"int": int, "float": float, "str": str, "bool": _
 
 def parse_options(cls: type[T], text: str, **fixed: Any) -> T:
     """Build `cls` from `key=value,key=value`. Raises UsageError in one line for a bad key or value."""
-    types = {field.name: str(field.type) for field in dataclasses.fields(cls) if field.name not in fixed}  # type: ignore[arg-type]
+    types = {field.name: _name(field.type) for field in dataclasses.fields(cls) if field.name not in fixed}  # type: ignore[arg-type]
     values: dict[str, Any] = dict(fixed)
     for pair in filter(None, text.split(",")):
         key, _, value = pair.partition("=")
@@ -29,6 +29,11 @@ def parse_options(cls: type[T], text: str, **fixed: Any) -> T:
         except (ValueError, KeyError):
             raise UsageError(f"{key}={value!r} is not a valid {types[key]}") from None
     return cls(**values)
+
+
+def _name(hint: Any) -> str:
+    """Return the name of a field's type, which is a text where its module postpones annotations."""
+    return hint.__name__ if isinstance(hint, type) else str(hint)
 
 
 def format_options(name: str, encoding: Any, *hidden: str, full: bool = False) -> str:

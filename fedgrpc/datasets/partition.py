@@ -14,11 +14,13 @@ from typing import ClassVar, Final, Protocol, TypeVar
 import numpy as np
 
 from fedgrpc.errors import UsageError
+from fedgrpc.plugins import make
 
 MINIMUM_PART_SIZE = 10
 _BRIGHTEST: Final = 255
 PARTITIONS: Final = "iid, dirichlet:0.5, shards:2, labels:2, quantity:0.5, noise:0.1 or groups"
 """Examples of what `parse_partition` accepts, for messages."""
+KINDS: Final = ("iid", "dirichlet", "shards", "labels", "quantity", "noise", "groups")
 
 N = TypeVar("N", int, float)
 
@@ -213,7 +215,7 @@ def parse_partition(text: str) -> Partition:
     """Parse `iid`, `dirichlet:ALPHA`, `shards:N`, `labels:N`, `quantity:ALPHA`, `noise:LEVEL` or `groups`.
 
     Raises:
-        UsageError: it is none of these, or its number is not positive.
+        UsageError: it is none of these and no plugin, or its number is not positive.
     """
     kind, _, argument = text.partition(":")
     if text == "iid":
@@ -230,7 +232,18 @@ def parse_partition(text: str) -> Partition:
         return LabelsPerPart(_positive(text, argument, int))
     if kind == "quantity":
         return QuantitySkew(_positive(text, argument, float))
-    raise UsageError(f"partition {text!r} must be {PARTITIONS}")
+    return _plugin(text)
+
+
+def _plugin(text: str) -> Partition:
+    try:
+        made = make("partition", text, {})
+    except UsageError as error:
+        raise UsageError(f"partition {text!r} must be {PARTITIONS}, or a plugin: {error}") from None
+    if not all(hasattr(made, name) for name in ("split", "by_label", "by_group")):
+        raise UsageError(f"partition {text}: the class has no split(), by_label or by_group")
+    partition: Partition = made
+    return partition
 
 
 def parse_part(text: str) -> tuple[int, int]:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 
@@ -16,6 +15,7 @@ from fedgrpc.errors import UsageError
 from fedgrpc.rounds.events import Deadline
 from fedgrpc.rounds.history import Histories, WorkerHistory, expected_s, quantile, usual_parts
 from fedgrpc.rounds.round import Round, RoundPhase
+from fedgrpc.rounds.selector import OORT, UNIFORM, Selector, chosen_by, selector_of
 
 
 @dataclass(frozen=True)
@@ -159,17 +159,37 @@ def _describe(utility: float, history: WorkerHistory) -> str:
     return f"utility {utility:.3g}: loss {history.loss:.3g} on {history.example_count} examples, {seconds:.3g} s"
 
 
+def choose_by(
+    selector: Selector,
+    name: str,
+    idle: tuple[str, ...],
+    count: int,
+    histories: Histories,
+    round_number: int,
+    rng: np.random.Generator,
+) -> tuple[Choice, ...]:
+    """Return the choice of a selector, or of the lot where that cannot be taken."""
+    workers, wrong = chosen_by(selector, idle, count, histories, round_number, rng)
+    if wrong:
+        return tuple(
+            Choice(each.worker, f"{each.reason}, since selection {name} failed: {wrong}")
+            for each in choose_uniform(idle, count, rng)
+        )
+    return tuple(Choice(worker, f"by {name}") for worker in workers)
+
+
 @dataclass(frozen=True)
 class SelectionPolicy:
     """Rules by which workers and the deadline are chosen, from the workers' history; `RoundPolicy` has no history.
 
-    `selection`: uniform, or by expected usefulness and speed (Oort, arXiv 2010.06081). With Oort, `fairness` is
-    the share of the seats for workers that have waited longest, and `exploration` the share of the others that
-    goes to workers never tried, in the first round. `learn_deadline`: take the deadline that the wanted updates
-    are expected to meet, by the `deadline_quantile` of each worker's own times, times `deadline_margin`.
+    `selection`: uniform, by expected usefulness and speed (Oort, arXiv 2010.06081), or by a `Selector`. With
+    Oort, `fairness` is the share of the seats for workers that have waited longest, and `exploration` the share
+    of the others that goes to workers never tried, in the first round. `learn_deadline`: take the deadline that
+    the wanted updates are expected to meet, by the `deadline_quantile` of each worker's own times, times
+    `deadline_margin`.
     """
 
-    selection: Literal["uniform", "oort"] = "uniform"
+    selection: str = UNIFORM
     fairness: float = 0.1
     exploration: float = 0.9
     learn_deadline: bool = False
@@ -177,8 +197,7 @@ class SelectionPolicy:
     deadline_margin: float = 1.2
 
     def __post_init__(self) -> None:
-        if self.selection not in ("uniform", "oort"):
-            raise UsageError(f"selection must be 'uniform' or 'oort', not {self.selection!r}")
+        selector_of(self.selection)
         if not 0 < self.deadline_quantile <= 1:
             raise UsageError(f"deadline_quantile must be above 0 and at most 1, not {self.deadline_quantile:g}")
         if not 1 <= self.deadline_margin < math.inf:
@@ -198,7 +217,9 @@ class SelectionPolicy:
         """
         if round_.policy.poisson_rate is not None:
             choices = choose_poisson(idle, round_.policy.poisson_rate, rng)
-        elif self.selection == "oort":
+        elif (selector := selector_of(self.selection)) is not None:
+            choices = choose_by(selector, self.selection, idle, count, histories, round_.number, rng)
+        elif self.selection == OORT:
             choices = choose_oort(idle, count, histories, round_.number, rng, self._oort())
         else:
             choices = choose_uniform(idle, count, rng)

@@ -5,6 +5,7 @@
     mlflow:FOLDER or URI   a run of MLflow                              (extra fedgrpc[mlflow])
     wandb:PROJECT          a run of Weights & Biases, offline           (extra fedgrpc[wandb])
     package.module:Class:TARGET      a class of one's own, made with the text TARGET
+    NAME:TARGET                      likewise, a class that an installed package has under that name
 
 The rule: a tracker is told what happened and decides nothing. What it raises costs its figures, never the run
 (`Tracking`).
@@ -12,11 +13,11 @@ The rule: a tracker is told what happened and decides nothing. What it raises co
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable, Mapping
 from typing import Final, Protocol
 
 from fedgrpc.errors import UsageError
+from fedgrpc.plugins import class_of
 
 
 class Tracker(Protocol):
@@ -72,19 +73,13 @@ TRACKERS: Final[dict[str, Callable[[str], Tracker]]] = {
 
 def tracker_of(text: str) -> Tracker:
     """Return the tracker of a text such as `jsonl:rounds.jsonl`. Raises `UsageError`."""
-    name, _, target = text.partition(":")
-    if name in TRACKERS:
+    if text.partition(":")[0] in TRACKERS:
+        name, _, target = text.partition(":")
         if not target:
             raise UsageError(f"the tracker {name} needs to know where to, as in {name}:TARGET")
         return TRACKERS[name](target)
-    class_name, _, target = target.partition(":")
-    if not class_name.isidentifier():
-        raise UsageError(f"no tracker {name!r}; known: {', '.join(TRACKERS)}, or package.module:Class:TARGET")
-    try:
-        found = getattr(importlib.import_module(name), class_name, None)
-    except ImportError as error:
-        raise UsageError(f"tracker {name}:{class_name}: {error}") from None
-    if not isinstance(found, type) or not callable(getattr(found, "log", None)):
-        raise UsageError(f"tracker {name}:{class_name}: the module has no class of that name with a method log()")
+    name, found, target = class_of("tracker", text, {})
+    if not callable(getattr(found, "log", None)):
+        raise UsageError(f"tracker {name}: the class has no method log()")
     tracker: Tracker = found(target)
     return tracker

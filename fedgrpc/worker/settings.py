@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
-from fedgrpc.codec.encoding import ENCODING_NAMES
+from fedgrpc.codec.encoding import encoding_names
 from fedgrpc.errors import UsageError
 from fedgrpc.protocol.devices import DeviceProfile
 from fedgrpc.protocol.tasks import WorkerRole
@@ -65,7 +65,7 @@ class WorkerSettings:
     spool_max_updates: int = 8
     spool_max_bytes: int = 8 << 30
     spool_keep_s: float = 7 * 86_400.0
-    encodings: tuple[str, ...] = ENCODING_NAMES
+    encodings: tuple[str, ...] = field(default_factory=encoding_names)
     max_model_bytes: int | None = None
     min_batch_size: int = 1
     allow_algorithms: tuple[str, ...] = ()
@@ -91,8 +91,8 @@ class WorkerSettings:
         if not self.min_batch_size <= _MOST_BATCH:
             raise UsageError(f"min_batch_size must be at most {_MOST_BATCH}, not {self.min_batch_size}")
         for encoding in self.encodings:
-            if encoding not in ENCODING_NAMES:
-                raise UsageError(f"unknown encoding {encoding!r}; known are {', '.join(ENCODING_NAMES)}")
+            if encoding not in encoding_names():
+                raise UsageError(f"unknown encoding {encoding!r}; known are {', '.join(encoding_names())}")
         if self.max_model_bytes is not None and not self.max_model_bytes > 0:
             raise UsageError(f"max_model_bytes must be above 0, not {self.max_model_bytes}")
         if not self.drain_s >= 0:

@@ -24,6 +24,10 @@ def setting(name, *values):
         ("aggregation", "antigravity:Class"),
         ("aggregation", "nnm+antigravity:Class"),
         ("aggregation", "antigravity:Class+median"),
+        ("server_optimizer", "antigravity:Class"),
+        ("server-optimizer", "installed"),
+        ("selection", "antigravity:Class"),
+        ("selection", "installed:option=1"),
     ],
 )
 def test_callers_from_elsewhere_name_no_file_and_no_class_of_the_host(name, text):
@@ -34,7 +38,13 @@ def test_callers_from_elsewhere_name_no_file_and_no_class_of_the_host(name, text
 
 @pytest.mark.parametrize(
     ("name", "text"),
-    [("algorithm", "fedprox:mu=0.1"), ("aggregation", "nnm+krum:f=2"), ("aggregation", "mean")],
+    [
+        ("algorithm", "fedprox:mu=0.1"),
+        ("aggregation", "nnm+krum:f=2"),
+        ("aggregation", "mean"),
+        ("selection", "oort"),
+        ("server_optimizer", "fedadam:beta1=0.5"),
+    ],
 )
 def test_callers_from_elsewhere_choose_among_what_comes_with_fedgrpc(name, text):
     assert received_texts(setting(name, text), on_host=False) == {name: [text]}

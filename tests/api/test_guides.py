@@ -14,7 +14,7 @@ from tests.support.command_line import ROOT, environment
 BLOCK = re.compile(r"^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
 
 
-@pytest.mark.parametrize("name", ["python"])
+@pytest.mark.parametrize("name", ["python", "extend"])
 def test_the_code_of_a_guide_runs(name: str, tmp_path: Path) -> None:
     blocks = BLOCK.findall((ROOT / "docs" / "guide" / f"{name}.md").read_text())
     assert len(blocks) > 1

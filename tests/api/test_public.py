@@ -19,7 +19,16 @@ PUBLIC = {
     *("Aggregator", "Worker", "Client", "simulate", "sweep", "load_model"),
     *("Trainer", "TrainJob", "TrainResult", "EvalResult", "TorchTask", "FedgrpcError"),
     *("Run", "Round", "Task", "Device", "ModelVersion", "Rows"),
-    *("Algorithm", "CoordinateRule", "DistanceRule", "ServerOptimizer", "Encoding", "Tracker", "Partition"),
+    *(
+        "Algorithm",
+        "CoordinateRule",
+        "DistanceRule",
+        "ServerOptimizer",
+        "Selector",
+        "Encoding",
+        "Tracker",
+        "Partition",
+    ),
 }
 
 

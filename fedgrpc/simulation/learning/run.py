@@ -18,7 +18,7 @@ from typing import Any, Final
 
 import numpy as np
 
-from fedgrpc.codec.encoding import ENCODING_NAMES
+from fedgrpc.codec.encoding import encoding_names
 from fedgrpc.protocol.devices import DeviceProfile, profile_to_proto
 from fedgrpc.protocol.tasks import WorkerRole
 from fedgrpc.rounds.round import RoundPhase
@@ -129,7 +129,7 @@ def _register(world: World, name: str, role: WorkerRole, profile: DeviceProfile)
             worker=name,
             role=role.value,
             device=profile_to_proto(profile),
-            encodings=ENCODING_NAMES,
+            encodings=encoding_names(),
             compressions=[tensor_pb2.COMPRESSION_NONE, tensor_pb2.COMPRESSION_ZSTD],
             local_model_parts=sorted(world.facts.parts),
         )

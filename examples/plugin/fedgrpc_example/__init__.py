@@ -1,0 +1,1 @@
+"""Example plugins for fedgrpc, one of each kind."""
