@@ -2,31 +2,11 @@
 
 The names of `__all__` are the public API: docs/guide/python.md says what that promises. Each is imported when it
 is first used, so that `import fedgrpc` costs next to nothing, and nothing but `TorchTask` needs PyTorch.
+`__init__.pyi` has them for type checkers.
 """
 
 from importlib import import_module
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from fedgrpc.aggregation.robust.rule import CoordinateRule, DistanceRule
-    from fedgrpc.aggregation.server_optimizer import ServerOptimizer
-    from fedgrpc.algorithms.algorithm import Algorithm
-    from fedgrpc.api.aggregator import Aggregator
-    from fedgrpc.api.client import Client
-    from fedgrpc.api.model import load_model
-    from fedgrpc.api.records import Device, ModelVersion, Round, Run, Task
-    from fedgrpc.api.rows import Rows
-    from fedgrpc.api.simulation import simulate, sweep
-    from fedgrpc.api.worker import Worker
-    from fedgrpc.codec.encoding import Encoding
-    from fedgrpc.datasets.partition import Partition
-    from fedgrpc.errors import FedgrpcError
-    from fedgrpc.rounds.selector import Selector
-    from fedgrpc.torch.task import TorchTask
-    from fedgrpc.tracking.tracker import Tracker
-    from fedgrpc.trainer import EvalResult, Trainer, TrainJob, TrainResult
-
-    __version__: str
+from typing import Any
 
 _PLACES = {
     "fedgrpc.api.aggregator": ("Aggregator",),

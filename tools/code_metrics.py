@@ -92,12 +92,14 @@ def read_package(folder: Path) -> dict[str, Module]:
 
 def circles(modules: Mapping[str, Module]) -> list[set[str]]:
     """Sets of modules that reach each other through imports (strongly connected components)."""
+    # Walking a tree takes long, and each module is reached from hundreds of others.
+    imported = {name: module.imported(modules) for name, module in modules.items()}
     reach: dict[str, set[str]] = {}
     for name in modules:
         seen: set[str] = set()
         todo = [name]
         while todo:
-            for other in modules[todo.pop()].imported(modules) - seen:
+            for other in imported[todo.pop()] - seen:
                 seen.add(other)
                 todo.append(other)
         reach[name] = seen

@@ -44,6 +44,11 @@ def test_no_public_name_has_come_or_gone() -> None:
     assert set(dir(fedgrpc)) == {*PUBLIC, "__version__"}
 
 
+def test_type_checkers_know_the_same_names() -> None:
+    stub = Path(fedgrpc.__file__).with_suffix(".pyi").read_text()
+    assert set(re.findall(r" as (\w+)", stub)) == PUBLIC
+
+
 def test_the_guide_lists_each_public_name() -> None:
     table = GUIDE.read_text().partition("## What is public")[2]
     assert set(re.findall(r"`([A-Za-z_]+)`", "".join(re.findall(r"^\|.*\|$", table, re.MULTILINE)))) >= PUBLIC
