@@ -18,6 +18,7 @@ from fedgrpc.cli.worker import COMMAND, builder_from, settings_from
 from fedgrpc.errors import FedgrpcError
 from fedgrpc.trainer import Trainer
 from fedgrpc.worker.process import Worker as Process
+from fedgrpc.worker.settings import WorkerSettings
 
 # After its time to drain, a worker is stopped; what even then does not end is left behind.
 _STOP_S = 10.0
@@ -104,7 +105,7 @@ class Worker(Block[RunningWorker, BlockingWorker]):
         state = Path(state_dir) if state_dir is not None else folder_of(self, "fedgrpc-worker-")
         given = {"aggregator": address, "state_dir": state, "task": None}
         values = values_of(COMMAND, {"serve_address": "none", **settings}, given)
-        self.settings = settings_from(values)
+        self.settings: WorkerSettings = settings_from(values)
         if task is None or isinstance(task, str | type):
             self._build = builder_from(values, task)
         else:
