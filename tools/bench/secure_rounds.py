@@ -25,7 +25,7 @@ from statistics import mean, median
 import numpy as np
 from safetensors.numpy import save_file
 
-from fedgrpc.client import connect
+from fedgrpc.calls import connect
 from fedgrpc.logging import configure
 from fedgrpc.trainer import EvalResult, TrainJob, TrainResult, Weights
 from fedgrpc.v1.aggregator_pb2 import RUN_PHASE_FINISHED
