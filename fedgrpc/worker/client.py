@@ -19,7 +19,6 @@ from fedgrpc import tracing
 from fedgrpc.aio import BatchPipeline, prefetched
 from fedgrpc.codec.chunk import (
     CHUNK_BYTES,
-    CHUNK_S,
     FIRST_CHUNK_BYTES,
     LARGE_CHUNK_BYTES,
     Chunk,
@@ -59,6 +58,8 @@ from fedgrpc.worker.throttle import Pacer, Throttle
 _CALL_S: Final = 20.0
 _POLL_MARGIN_S: Final = 15.0
 _MAX_REASON_CHARS: Final = 500
+# A model comes along with its task if the link carries it in this time.
+_ALONG_S: Final = 0.1
 # A hop to a thread costs about as much as to read a small chunk and write its message.
 _BATCH_BYTES: Final = 2 * LARGE_CHUNK_BYTES
 _BATCH_CHUNKS: Final = 4
@@ -139,6 +140,8 @@ class AggregatorClient:
         # The most bytes of a model that may come along with a task, and the one that has: its token, and itself.
         self._along_bytes = FIRST_CHUNK_BYTES
         self._along: tuple[str, aggregator_pb2.TaskModel] | None = None
+        # How long the last update of one message took, from its first byte to the acknowledgement.
+        self._last_whole_s = 0.0
 
     def use(self, channel: grpc.aio.Channel) -> None:
         """Make further calls over this channel. Those in progress stay on theirs."""
@@ -337,11 +340,15 @@ class AggregatorClient:
     ) -> bool:
         """Send a small update in one message. Returns as `push` does."""
         request, size_bytes = aggregator_pb2.PushUpdateRequest(header=header), header.manifest.size_bytes
+        # The aggregator sees one message and not how long it took. The last one tells.
+        request.header.timings.upload_seconds = self._last_whole_s
         if size_bytes:
             request.whole.CopyFrom(chunk_to_proto(chunk_at(read, 0, size_bytes)))
         async with self._stall_guard() as moved:
+            began_s = self._clock()
             await pacer.wait(size_bytes, moved)
             response = await self._push_whole_update(request, metadata=self._metadata)
+            self._last_whole_s = self._clock() - began_s
         report(1.0)
         return bool(response.complete)
 
@@ -455,8 +462,11 @@ class AggregatorClient:
             await self._models.ReportRelease(request, metadata=self._metadata, timeout=_CALL_S)
 
     def _note_rate(self, size_bytes: int, took_s: float) -> None:
-        """Note how fast a model came: the next one may come along with its task where the link carries it."""
-        carried = min(LARGE_CHUNK_BYTES, int(CHUNK_S * size_bytes / max(took_s, 1e-3)))
+        """Note how fast a model came: the next one may come along with its task where the link carries it at once.
+
+        Nobody sees how long a model takes that comes with the answer to a poll, so T_download lacks that.
+        """
+        carried = min(LARGE_CHUNK_BYTES, int(_ALONG_S * size_bytes / max(took_s, 1e-3)))
         # What is smaller tells of the round trip, too: the link carries more.
         self._along_bytes = carried if size_bytes >= FIRST_CHUNK_BYTES else max(carried, self._along_bytes)
 

@@ -16,6 +16,7 @@ from fedgrpc.protocol.durations import duration_to_proto
 from fedgrpc.protocol.tensors import manifest_from_proto
 from fedgrpc.rpc.framing import push_whole
 from fedgrpc.v1 import aggregator_pb2 as pb
+from fedgrpc.worker.throttle import Throttle
 from tests.support.hand_driven_device import MODEL, PATIENCE_S, chunks, encoded, refused, update_of
 from tests.support.running_federation import ShiftTrainer, running_aggregator, start_worker
 
@@ -160,6 +161,19 @@ async def test_a_worker_takes_two_calls_for_a_small_task(tmp_path, monkeypatch):
         assert await asyncio.wait_for(worker, PATIENCE_S) == 0
         np.testing.assert_allclose(running.weights(6)["b"], MODEL["b"] + 5.0)
     assert (calls["PullModel"], calls["QueryPush"], calls["PushUpdate"]) == (0, 0, 5)
+
+
+async def test_an_update_of_one_message_tells_how_long_the_last_one_took(tmp_path):
+    """The aggregator sees it all at once, and T_upload would be 0."""
+    async with running_aggregator(tmp_path, rounds=3, policy=ALONE) as running:
+        worker = start_worker(
+            running, tmp_path, "a", ShiftTrainer(), throttle=Throttle(link_bits_per_second=4000.0)
+        )
+        await running.until_finished()
+        assert await asyncio.wait_for(worker, PATIENCE_S) == 0
+        tasks = [(await running.round(number)).tasks[0] for number in (2, 3)]
+    for task in tasks:
+        assert task.timings.upload_seconds > 0.9 * task.upload_bytes * 8 / 4000
 
 
 def count_calls(monkeypatch, method, calls):
