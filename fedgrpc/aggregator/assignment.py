@@ -72,9 +72,9 @@ class TaskAssigner:
         contexts, failed = await self._prepare(run.current, selected)
         secure = await coordinator.secure_sums.open(run.current, selected)
         if secure is not None:
-            # They have registered anew since they were chosen.
+            # They have registered anew since they were chosen, or no neighbour would take their keys.
             lacking = (token for token, name in selected.tasks if name not in secure.state.keys)
-            failed |= dict.fromkeys(lacking, "it has no one-time keys for the secure sum")
+            failed |= dict.fromkeys(lacking, "it has no one-time keys that the secure sum can take")
         if not run.current.open:
             # It was ended, by an operator or the deadline, while the models were encoded.
             coordinator.apply(selected)

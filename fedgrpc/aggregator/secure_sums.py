@@ -24,6 +24,7 @@ from fedgrpc.aggregator.update_checks import MaskedWords
 from fedgrpc.codec.layout import Array, Layout, TensorRole
 from fedgrpc.errors import CodecError, LayoutError, RoundClosed, UpdateRefused
 from fedgrpc.privacy.masks import packed_bytes, unpack_words
+from fedgrpc.privacy.one_time_keys import acceptable
 from fedgrpc.privacy.secure_round import Parts, SecurePhase
 from fedgrpc.privacy.secure_vector import SecureVector, bounds_after
 from fedgrpc.privacy.streams import word_dtype
@@ -70,10 +71,11 @@ class SecureSums:
         settings, machine = self._settings, self._shell.machine
         if not settings.secure.on or round_.kind is not TaskKind.TRAIN:
             return None
-        names = [worker for _, worker in selected.tasks if worker in machine.keys]
-        vector = await asyncio.to_thread(self._vector, round_.base_version, machine.layout, len(names))
+        told = {worker: machine.keys[worker] for _, worker in selected.tasks if worker in machine.keys}
+        keys = await asyncio.to_thread(acceptable, told)
+        vector = await asyncio.to_thread(self._vector, round_.base_version, machine.layout, len(keys))
         return SecureSum.opened(
-            {name: machine.keys[name] for name in names},
+            keys,
             vector,
             secrets.token_bytes(_SESSION_BYTES),
             np.random.default_rng(secrets.randbits(128)),
@@ -246,6 +248,9 @@ def unmasked_sum(sum_: SecureSum, updates: Collection[str], load: Load) -> Array
     Raises `UpdateRefused` where it cannot be had, and as reading updates does. Memory: one sum and one update.
     """
     state, bits = sum_.state, sum_.vector.sum_bits
+    if len(updates) != len(state.arrived):
+        # As where a restart found one that its settings refuse: the masks of the others would stay.
+        raise UpdateRefused(f"the secure sum is lost: of its {len(state.arrived)} updates {len(updates)} are here")
     total = np.zeros(sum_.vector.size, word_dtype(bits))
     for token in updates:
         _add_masked(total, load, token, bits)

@@ -163,6 +163,10 @@ SETTINGS: list[Setting] = [
         "Train only where updates are summed under masks (docs/secure_aggregation.md).",
     ),
     _limit(
+        "--secure-colluding",
+        "Join only secure sums in which so many neighbours may work with the aggregator and learn nothing more.",
+    ),
+    _limit(
         "--only-when",
         "Ask for tasks only while this is so, as in 'on_mains and idle' (docs/guide/operate.md).",
         metavar="EXPRESSION",

@@ -7,7 +7,8 @@ leave the device. So the same question gets the same bytes, also after a restart
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from hashlib import sha256
@@ -94,6 +95,30 @@ def agreed(secret: bytes, public: bytes) -> bytes:
         return X25519PrivateKey.from_private_bytes(secret).exchange(X25519PublicKey.from_public_bytes(public))
     except ValueError:
         raise UpdateRefused("a public key of a neighbour agrees on nothing: it is a point of low order") from None
+
+
+def acceptable(keys: Mapping[str, PublicKeys]) -> dict[str, PublicKeys]:
+    """Return the keys, by device, that no neighbour refuses: of no low order, and no copies of another's.
+
+    Without this one bad device could make all others refuse a sum. All copies go: which is the first is not known.
+    """
+    counts = Counter(each for one in keys.values() for each in (one.masking, one.sealing, one.seed_check))
+    return {
+        name: one
+        for name, one in keys.items()
+        if max(counts[one.masking], counts[one.sealing], counts[one.seed_check]) == 1
+        and _agrees(one.masking)
+        and _agrees(one.sealing)
+    }
+
+
+def _agrees(public: bytes) -> bool:
+    """Return whether X25519 agrees on something with this key: for a point of low order no secret does."""
+    try:
+        agreed(bytes(KEY_BYTES), public)
+    except UpdateRefused:
+        return False
+    return True
 
 
 def roster_digest(session: bytes, roster: Iterable[str]) -> bytes:

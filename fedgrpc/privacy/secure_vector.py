@@ -64,14 +64,17 @@ class SecureVector:
         largest = max(1, (1 << self.weight_bits) - 1)
         return min(largest, max(1, round(examples / self.most_examples * largest)))
 
+    def check(self, update: Mapping[str, Array]) -> None:
+        """Raise LayoutError unless these are the tensors of the task."""
+        if {name: tensor.shape for name, tensor in update.items()} != dict(self.shapes):
+            raise LayoutError("the tensors of this update are not those of its task")
+
     def pieces(self, update: Mapping[str, Array], examples: int, rng: np.random.Generator) -> Iterator[Array]:
         """Yield the vector of `update` in pieces that fit the cache, uint64, tensor by tensor, then the weight.
 
         Raises LayoutError for tensors that are not those of the task, EncodeError for values that are not finite.
         """
-        shapes = {name: tensor.shape for name, tensor in update.items()}
-        if shapes != dict(self.shapes):
-            raise LayoutError("the tensors of this update are not those of its task")
+        self.check(update)
         weight = self.weight_of(examples)
         for name in self.shapes:
             grid, values = self._grid(name), update[name].reshape(-1)

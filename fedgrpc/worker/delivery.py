@@ -24,6 +24,7 @@ from fedgrpc.errors import (
     NameTaken,
     RoundClosed,
     TooLargeError,
+    UpdateRefused,
     WrongOffset,
 )
 from fedgrpc.protocol.devices import Activity
@@ -31,6 +32,7 @@ from fedgrpc.protocol.records import timings_to_proto
 from fedgrpc.protocol.tasks import task_from_proto
 from fedgrpc.protocol.tensors import manifest_from_proto
 from fedgrpc.rounds.history import Timings
+from fedgrpc.v1 import round_pb2
 from fedgrpc.worker.client import AggregatorClient, Pushed
 from fedgrpc.worker.secure_memory import SecureMemory
 from fedgrpc.worker.spool import Spool, SpooledUpdate
@@ -56,9 +58,11 @@ class Delivery:
         publisher: StatusPublisher,
         beat: Beat,
         secure: SecureMemory | None = None,
+        only_secure: bool = False,
     ) -> None:
-        """`secure` has what this device fixed of secure sums."""
+        """`secure` has what this device fixed of secure sums; `only_secure`: it sends no other training."""
         self._secure = secure
+        self._only_secure = only_secure
         self._client = client
         self._spool = spool
         self._publisher = publisher
@@ -90,7 +94,11 @@ class Delivery:
 
     async def _send(self, update: SpooledUpdate, moved: Callable[[float], None], new: bool) -> None:
         self._publisher.enter(Activity.UPLOADING)
-        if self._secure is not None and update.task.HasField("secure"):
+        masked = update.task.HasField("secure")
+        if self._only_secure and not masked and update.task.kind == round_pb2.TASK_KIND_TRAIN:
+            # Of a former process, which had another setting.
+            raise UpdateRefused("this device sends no update that is not masked: its --only-secure")
+        if self._secure is not None and masked:
             await asyncio.to_thread(_fix_masked, self._secure, update)
         try:
             await run_until_interrupted(self._push(update, moved, new), self._beat(update.token))

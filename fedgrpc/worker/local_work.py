@@ -16,11 +16,12 @@ from pathlib import Path
 from typing import Final, Protocol
 
 from fedgrpc.codec.feedback import Residual
-from fedgrpc.errors import CorruptError, StorageError, WrongOffset
+from fedgrpc.errors import CorruptError, LayoutError, StorageError, WrongOffset
 from fedgrpc.protocol.descriptions import ModelDescription
 from fedgrpc.protocol.devices import Activity
 from fedgrpc.protocol.secure import secure_terms_from_proto
 from fedgrpc.protocol.tasks import Registration, Task
+from fedgrpc.rounds.policy import TaskKind
 from fedgrpc.rpc.retry import with_retries
 from fedgrpc.v1 import aggregator_pb2
 from fedgrpc.worker.client import AggregatorClient, Report
@@ -101,7 +102,10 @@ class TaskFiles:
         """
         if not message.HasField("secure"):
             return None
-        terms = secure_terms_from_proto(message.secure, self._settings.name)
+        if task.kind is not TaskKind.TRAIN or message.HasField("local_model"):
+            # What stays on the device, as personal layers do, would be in the sum.
+            raise LayoutError("a secure sum is of updates of the whole model: no other task names one")
+        terms = secure_terms_from_proto(message.secure, self._settings.name, self._settings.secure_colluding)
         return SecurePart(self.secure, self._client, task.token, terms)
 
     async def download(self, task: Task, report: Report, most_bytes: int | None = None) -> tuple[HeldModel, float]:

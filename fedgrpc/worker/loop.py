@@ -419,7 +419,8 @@ class Loop:
         """Return the delivery of a run's spool, which remembers over sessions when an upload began."""
         known = self._deliveries.get(run.run_id)
         if known is None:
-            known = Delivery(self._client, run.files.spool, self._publisher, self._beat, run.files.secure)
+            spool, secure, only = run.files.spool, run.files.secure, self._settings.only_secure
+            known = Delivery(self._client, spool, self._publisher, self._beat, secure, only)
             self._deliveries[run.run_id] = known
         return known
 

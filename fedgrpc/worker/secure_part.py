@@ -15,7 +15,7 @@ import numpy as np
 import structlog
 
 from fedgrpc.codec.layout import Array
-from fedgrpc.errors import FedgrpcError, NameTaken
+from fedgrpc.errors import FedgrpcError, LayoutError, NameTaken
 from fedgrpc.privacy.masks import pack_words, packed_bytes
 from fedgrpc.privacy.streams import word_dtype
 from fedgrpc.protocol.secure import SecureTerms, names_from_proto
@@ -68,11 +68,16 @@ class SecurePart:
         finite, and `UpdateRefused` once another update has the masks.
         """
         vector = self._terms.vector
+        if not vector.shapes.keys() <= update.keys():
+            raise LayoutError("the secure sum has tensors that this update has not")
+        tensors = {name: update[name] for name in vector.shapes}
+        # Before there is memory for a vector of whatever length the task names.
+        vector.check(tensors)
         bits, masks = vector.sum_bits, self._memory.of(self._token).masks(vector.sum_bits)
         packed, at = np.empty(packed_bytes(vector.size, bits), np.uint8), 0
         # Words that do not fill whole bytes yet: fewer than eight.
         rest = np.empty(0, word_dtype(bits))
-        for piece in vector.pieces({name: update[name] for name in vector.shapes}, examples, rng):
+        for piece in vector.pieces(tensors, examples, rng):
             words = np.concatenate([rest, masks.add_to(piece)])
             whole = words.size // 8 * 8
             at = _put(packed, at, words[:whole], bits)

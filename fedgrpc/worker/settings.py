@@ -20,6 +20,8 @@ from fedgrpc.worker.throttle import Throttle
 
 # A batch of more examples than that is a mistake; plans have 32 bits for it.
 _MOST_BATCH: Final = (1 << 32) - 1
+# No device has more neighbours in a secure sum.
+_MOST_COLLUDING: Final = 1024
 _NAME: Final = re.compile(r"[A-Za-z0-9._-]{1,64}")
 
 
@@ -41,7 +43,8 @@ class WorkerSettings:
     have fewer than `min_batch_size` examples: the update of a single example reveals that example. While the
     device is not as `only_when` says (`fedgrpc.runs.eligibility`), it asks for no task. `allow_algorithms` has
     globs of the classes that a run may name as its algorithm, besides fedgrpc's own. With `only_secure` the device
-    sends no update of training that is not masked for a secure sum.
+    sends no update of training that is not masked for a secure sum. It joins none whose threshold lets the
+    aggregator and `secure_colluding` of its neighbours learn more than the sum.
 
     Raises:
         UsageError: a value is out of range.
@@ -71,6 +74,7 @@ class WorkerSettings:
     allow_algorithms: tuple[str, ...] = ()
     only_when: str = ""
     only_secure: bool = False
+    secure_colluding: int = 0
 
     def __post_init__(self) -> None:
         if not _NAME.fullmatch(self.name):
@@ -90,6 +94,8 @@ class WorkerSettings:
                 raise UsageError(f"{name} must be above 0, not {getattr(self, name)}")
         if not self.min_batch_size <= _MOST_BATCH:
             raise UsageError(f"min_batch_size must be at most {_MOST_BATCH}, not {self.min_batch_size}")
+        if not 0 <= self.secure_colluding <= _MOST_COLLUDING:
+            raise UsageError(f"secure_colluding is from 0 to {_MOST_COLLUDING}, not {self.secure_colluding}")
         for encoding in self.encodings:
             if encoding not in encoding_names():
                 raise UsageError(f"unknown encoding {encoding!r}; known are {', '.join(encoding_names())}")

@@ -19,7 +19,7 @@ from fedgrpc.codec.manifest import Limits
 from fedgrpc.errors import UpdateRefused, UsageError
 from fedgrpc.privacy import shamir
 from fedgrpc.privacy.masks import packed_bytes, unpack_words
-from fedgrpc.privacy.one_time_keys import public_of, seed_check_of
+from fedgrpc.privacy.one_time_keys import PublicKeys, Secrets, public_of, seed_check_of
 from fedgrpc.privacy.policy import PrivacyPolicy
 from fedgrpc.privacy.secure_policy import SecurePolicy
 from fedgrpc.privacy.secure_vector import SecureVector
@@ -299,6 +299,23 @@ async def test_a_device_that_only_adds_to_secure_sums_gives_a_plain_task_back(tm
     assert "--only-secure" in task.reason
 
 
+async def test_a_device_joins_no_sum_whose_threshold_is_too_low_for_the_neighbours_that_it_mistrusts(tmp_path):
+    async with running_aggregator(tmp_path, **changes_for(tmp_path, 4, policy=SHORT)) as running:
+        workers = [
+            # Two of three neighbours answer for each: one that answers both ways is enough to open the fourth.
+            start_worker(running, tmp_path, f"w{k}", ShiftTrainer(0.1), secure_colluding=int(k == 3))
+            for k in range(4)
+        ]
+        await running.until_finished()
+        (round_,) = await running.rounds()
+        for worker in workers:
+            worker.cancel()
+        await asyncio.gather(*workers, return_exceptions=True)
+    reasons = {task.worker: task.reason for task in round_.tasks if task.phase == round_pb2.TASK_PHASE_FAILED}
+    assert reasons.keys() == {"w3"}
+    assert "threshold" in reasons["w3"]
+
+
 def masked_update(size_bytes, last=0):
     packed = np.zeros(size_bytes, np.uint8)
     packed[-1] = last
@@ -342,6 +359,42 @@ async def test_what_a_device_may_not_send_is_refused_and_harms_its_own_task_alon
         "bad": round_pb2.TASK_PHASE_REJECTED,
         **dict.fromkeys(("w0", "w1", "w2"), round_pb2.TASK_PHASE_ACCEPTED),
     }
+
+
+async def polled_until_task(running, name, keys):
+    request = pb.PollTaskRequest(worker=name, one_time_keys=keys_to_proto(keys))
+    request.wait.FromSeconds(5)
+    while (await running.stub.PollTask(request)).HasField("task"):
+        pass
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        # A point of low order agrees on nothing: each of its neighbours would refuse the whole sum.
+        [PublicKeys(bytes(32), bytes([1]) + bytes(31), b"c" * 32)],
+        # Copies of each other, which a device refuses to have as neighbours.
+        [Secrets(b"k" * 32).public, replace(Secrets(b"l" * 32).public, sealing=Secrets(b"k" * 32).public.sealing)],
+    ],
+)
+async def test_devices_with_keys_that_no_neighbour_takes_lose_their_task_and_the_others_have_their_sum(
+    tmp_path, keys
+):
+    async with running_aggregator(tmp_path, **changes_for(tmp_path, 3 + len(keys), policy=SHORT)) as running:
+        polls = []
+        for number, each in enumerate(keys):
+            await running.device(f"bad{number}")
+            polls.append(asyncio.create_task(polled_until_task(running, f"bad{number}", each)))
+        workers = [start_worker(running, tmp_path, f"w{k}", ShiftTrainer(0.1)) for k in range(3)]
+        record = await running.until_ended(1)
+        await running.until_finished()
+        for task in [*polls, *workers]:
+            task.cancel()
+        await asyncio.gather(*polls, *workers, return_exceptions=True)
+    assert record.phase == round_pb2.ROUND_PHASE_COMMITTED, record.reason
+    told = {task.worker: task.reason for task in record.tasks if task.worker.startswith("bad")}
+    assert len(told) == len(keys)
+    assert all("one-time keys" in reason for reason in told.values())
 
 
 @pytest.mark.parametrize(

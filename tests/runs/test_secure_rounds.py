@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from fedgrpc.aggregator.secure_sums import unmasked_sum
 from fedgrpc.errors import FedgrpcError, UpdateRefused
 from fedgrpc.privacy.one_time_keys import Secrets
 from fedgrpc.privacy.secure_round import SecurePhase, TellRoster
@@ -188,6 +189,12 @@ def test_an_update_that_is_withdrawn_before_the_question_is_not_in_the_sum():
     scenario.now = scenario.machine.current.state.deadline_at
     scenario(Tick())
     assert scenario.sum.state.arrived == set("bcde")
+
+
+def test_a_sum_that_lacks_one_of_its_updates_is_lost_before_any_is_read():
+    scenario = arrived("abcd")
+    with pytest.raises(UpdateRefused, match="of its 4 updates 3 are here"):
+        unmasked_sum(scenario.sum, ("a1", "b1", "c1"), None)
 
 
 def test_a_run_that_is_stopped_while_devices_are_asked_waits_for_none_of_them():

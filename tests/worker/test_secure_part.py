@@ -1,0 +1,101 @@
+"""A device's part in a secure sum, against an aggregator that asks for what no honest one does."""
+
+import numpy as np
+import pytest
+
+from fedgrpc.codec.payload import write_payload
+from fedgrpc.codec.recipe import Recipe
+from fedgrpc.errors import LayoutError, UsageError
+from fedgrpc.privacy.one_time_keys import Secrets
+from fedgrpc.privacy.secure_sum import Circle
+from fedgrpc.privacy.secure_vector import SecureVector
+from fedgrpc.protocol.secure import SecureTerms
+from fedgrpc.protocol.tasks import task_from_proto
+from fedgrpc.protocol.tensors import manifest_to_proto
+from fedgrpc.rounds.policy import TaskKind
+from fedgrpc.v1 import aggregator_pb2 as pb
+from fedgrpc.worker.delivery import Delivery
+from fedgrpc.worker.local_work import TaskFiles
+from fedgrpc.worker.secure_memory import SecureMemory
+from fedgrpc.worker.secure_part import SecurePart
+from fedgrpc.worker.settings import WorkerSettings
+from fedgrpc.worker.spool import Spool
+from fedgrpc.worker.status import Status, StatusPublisher
+
+OTHERS = {name: Secrets(bytes([number]) * 32).public for number, name in enumerate("bcd", start=1)}
+UPDATE = {"w": np.zeros((2, 3), np.float32)}
+
+
+def part_with(tmp_path, shapes):
+    """The part of a device that knows the roster, in a sum of tensors of these shapes."""
+    memory = SecureMemory(tmp_path / "secure")
+    keys = memory.public_keys()
+    circle = Circle(b"s", "a", OTHERS, {name: place for place, name in enumerate("abcd", start=1)}, 2)
+    memory.fix("t", memory.begin("t", circle, keys).with_roster(frozenset("abcd"), {}))
+    vector = SecureVector(shapes, dict.fromkeys(shapes, 1.0), 8, 0, 4)
+    return SecurePart(memory, None, "t", SecureTerms(circle, keys, vector))
+
+
+@pytest.mark.parametrize(
+    "shapes",
+    [
+        {"w": (2, 3), "other": (1,)},
+        {"w": (6,)},
+        # 100 GB: refused before there is memory for it.
+        {"w": (1 << 18, 1 << 18)},
+    ],
+)
+def test_a_vector_of_other_tensors_than_the_update_is_refused(tmp_path, shapes):
+    with pytest.raises(LayoutError, match="tensors"):
+        part_with(tmp_path, shapes).masked(UPDATE, 1, np.random.default_rng(0))
+
+
+def test_the_tensors_of_the_task_are_masked_and_no_others(tmp_path):
+    update = {**UPDATE, "more": np.ones(5, np.float32)}
+    packed = part_with(tmp_path, {"w": (2, 3)}).masked(update, 1, np.random.default_rng(0))
+    # Six values and the weight, of 8 bits and 2 for the sum of four.
+    assert packed.size == (7 * 10 + 7) // 8
+
+
+def publisher():
+    return StatusPublisher(Status("a", "127.0.0.1:1"))
+
+
+def secure_task(**changes):
+    message = pb.Task(
+        **{"token": "t", "run": "r", "round": 1, "kind": TaskKind.TRAIN, "model_version": 1, **changes}
+    )
+    message.secure.session = b"s"
+    return message
+
+
+@pytest.mark.parametrize(
+    "message",
+    # What a personal layer or a kept-back tensor learned would be in the sum.
+    [secure_task(kind=TaskKind.EVALUATE), secure_task(local_model={"personal_layers": ["w"]})],
+    ids=["scores", "personal layers"],
+)
+def test_a_secure_sum_of_anything_but_whole_updates_is_refused(tmp_path, message):
+    settings = WorkerSettings(name="a", aggregator="127.0.0.1:1", state_dir=tmp_path)
+    files = TaskFiles(settings, None, publisher())
+    with pytest.raises(LayoutError, match="whole model"):
+        files.secure_part(task_from_proto(message), message)
+
+
+async def test_an_unmasked_update_of_a_former_process_is_dropped_by_a_device_that_only_sends_masked_ones(tmp_path):
+    def fill(payload, keep):
+        manifest = write_payload(UPDATE, Recipe.parse("raw"), payload, np.random.default_rng(0))
+        return pb.UpdateHeader(token="t", manifest=manifest_to_proto(manifest)), None
+
+    spool = Spool(tmp_path)
+    update = spool.write(pb.Task(token="t", run="r", round=1, kind=TaskKind.TRAIN), fill)
+    # There is no client: nothing may be sent.
+    delivery = Delivery(None, spool, publisher(), None, None, only_secure=True)
+    assert not await delivery.deliver(update, lambda progress: None)
+    assert not spool.updates()
+
+
+@pytest.mark.parametrize("count", [-1, 1025])
+def test_absurd_numbers_of_colluding_neighbours_are_refused(tmp_path, count):
+    with pytest.raises(UsageError, match="secure_colluding"):
+        WorkerSettings(name="a", aggregator="127.0.0.1:1", state_dir=tmp_path, secure_colluding=count)
