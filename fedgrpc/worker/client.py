@@ -343,7 +343,8 @@ class AggregatorClient:
         # The aggregator sees one message and not how long it took. The last one tells.
         request.header.timings.upload_seconds = self._last_whole_s
         if size_bytes:
-            request.whole.CopyFrom(chunk_to_proto(chunk_at(read, 0, size_bytes)))
+            chunk = await asyncio.to_thread(chunk_at, read, 0, size_bytes)
+            request.whole.CopyFrom(chunk_to_proto(chunk))
         async with self._stall_guard() as moved:
             began_s = self._clock()
             await pacer.wait(size_bytes, moved)

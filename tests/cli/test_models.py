@@ -85,7 +85,8 @@ async def test_a_release_names_its_group_command_by_itself(ended_run, capsys):
         ("release", "list", *where),
     )
     assert started[0] == 2
-    assert "no device 'nobody'" in started[2]
+    assert "'nobody' is no device" in started[2]
+    assert "it has pi-1" in started[2]
     assert (aborted[0], "no release is in progress" in aborted[2]) == (1, True)
     assert "nothing was released" in empty[1]
 

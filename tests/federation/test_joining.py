@@ -176,10 +176,11 @@ async def test_every_role_may_call_what_the_table_says_and_nothing_else(tmp_path
 
 async def is_refused(call, request):
     """Whether the role may not make the call; how a call that it may make ends is no matter here."""
-    asked = iter([request()]) if isinstance(call, grpc.aio.StreamUnaryMultiCallable) else request()
+    streams = (grpc.aio.StreamUnaryMultiCallable, grpc.aio.StreamStreamMultiCallable)
+    asked = iter([request()]) if isinstance(call, streams) else request()
     made = call(asked, timeout=PATIENCE_S)
     try:
-        if isinstance(call, grpc.aio.UnaryStreamMultiCallable):
+        if isinstance(call, (grpc.aio.UnaryStreamMultiCallable, grpc.aio.StreamStreamMultiCallable)):
             async for _ in made:
                 made.cancel()
                 return False

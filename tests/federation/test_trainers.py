@@ -157,12 +157,12 @@ async def test_a_device_that_gathers_examples_trains_on_them_from_the_next_round
     assert [round_.tasks[0].weight for round_ in trained] == [100, 100, 600, 600]
 
 
-async def test_the_traceback_of_a_learning_task_is_in_the_log_at_level_debug(tmp_path):
+async def test_the_traceback_of_a_learning_task_is_in_the_log_once(tmp_path):
     async with (
         aggregator_process(tmp_path, "--min-workers", 1) as (_, running),
         worker_process(running, tmp_path, "pi-1", tmp_path / "data", task="Raises") as worker,
     ):
         line = await worker.until("the learning task raised")
-        assert line["level"] == "debug"
+        assert line["level"] == "error"
         assert 'raise RuntimeError("no camera")' in line["exception"]
         assert "RuntimeError: no camera" in (await worker.until("task failed"))["reason"]
