@@ -60,7 +60,7 @@ class Arrived:
 
 @dataclass(frozen=True)
 class Withdrawn:
-    """The update of `name` does not count any more. Too late once devices were asked about it."""
+    """No update of `name` counts any more, or it sends none. Too late once devices were asked about it."""
 
     name: str
 
@@ -153,6 +153,8 @@ class SecureRound:
     answers: Mapping[str, Parts] = field(default_factory=lambda: _NO_PARTS)
     # Those who have enough confirmations to answer.
     able: frozenset[str] = frozenset()
+    # Those who withdrew before the roster was fixed, and are not on it.
+    withdrawn: frozenset[str] = frozenset()
 
     def boxes_for(self, name: str) -> dict[str, bytes]:
         """Return the shares that are sealed to `name`, by sender, of the roster alone."""
@@ -180,6 +182,8 @@ def step(round_: SecureRound, event: Event) -> tuple[SecureRound, tuple[Effect, 
             return _shared(round_, event)
         case Arrived():
             return _arrived(round_, event)
+        case Withdrawn(name) if round_.phase is SecurePhase.SHARING:
+            return _end_sharing_early(replace(round_, withdrawn=round_.withdrawn | {name}))
         case Withdrawn(name):
             _check_phase(round_, SecurePhase.MASKING, name in round_.roster)
             return replace(round_, uploaded=round_.uploaded - {name}), ()
@@ -212,11 +216,16 @@ def _shared(round_: SecureRound, event: Shared) -> _Step:
     if event.boxes.keys() != set(round_.graph[event.name]) or not _sized(event.boxes, SEALED_BYTES):
         raise UpdateRefused(f"{event.name!r} did not seal shares for exactly its neighbours")
     round_ = replace(round_, boxes=_with(round_.boxes, event.name, event.boxes))
-    return _end_sharing(round_) if round_.boxes.keys() == round_.graph.keys() else (round_, ())
+    return _end_sharing_early(round_)
+
+
+def _end_sharing_early(round_: SecureRound) -> _Step:
+    """End the phase once nobody's shares are waited for."""
+    return (round_, ()) if round_.graph.keys() - round_.boxes.keys() - round_.withdrawn else _end_sharing(round_)
 
 
 def _end_sharing(round_: SecureRound) -> _Step:
-    roster = settled(round_.boxes.keys(), round_.graph, round_.thresholds)
+    roster = settled(round_.boxes.keys() - round_.withdrawn, round_.graph, round_.thresholds)
     if len(roster) < round_.least:
         return _abandoned(round_, f"{len(roster)} devices have shared and can be in a sum", round_.least)
     return replace(round_, phase=SecurePhase.MASKING, roster=roster), (TellRoster(roster),)

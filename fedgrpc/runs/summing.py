@@ -47,6 +47,8 @@ class SummingState(RunState):
         yield from (effect for effect in effects if not isinstance(effect, Commit))
         if summed is not None:
             yield from self._take_sum(summed, now)
+        elif isinstance(event, Failed | Rejected) and round_.secure.phase is SecurePhase.SHARING:
+            yield from self._step_sum(secure_round.Withdrawn(before.worker_of(event.token)), now)
         elif isinstance(event, Rejected) and before.state.find(event.token).phase is TaskPhase.ACCEPTED:
             yield from self._withdraw(event, now)
         elif isinstance(event, Tick) and round_.secure.is_due(now) and not round_.state.phase.final:

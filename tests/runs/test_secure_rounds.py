@@ -10,7 +10,7 @@ from fedgrpc.privacy.secure_round import SecurePhase, TellRoster
 from fedgrpc.privacy.secure_sum import Circle
 from fedgrpc.privacy.secure_task import SecureTask
 from fedgrpc.privacy.secure_vector import SecureVector
-from fedgrpc.rounds.events import Commit, Finished, Rejected, Select, Selected, TaskPhase, Tick
+from fedgrpc.rounds.events import Commit, Failed, Finished, Rejected, Select, Selected, TaskPhase, Tick
 from fedgrpc.rounds.policy import RoundPolicy
 from fedgrpc.rounds.round import RoundPhase
 from fedgrpc.runs.events import (
@@ -160,6 +160,27 @@ def test_who_shares_too_late_loses_its_task_and_the_others_go_on():
     assert (task.phase, "secure sum" in task.reason) == (TaskPhase.FAILED, True)
     with pytest.raises(UpdateRefused):
         scenario(UpdateAccepted("d1", 1.0, REPORT))
+
+
+@pytest.mark.parametrize("shares", [True, False])
+def test_nobody_waits_for_the_shares_of_one_that_gave_its_task_back(shares):
+    scenario = SecureScenario().poll("abcd").begin()
+    if shares:
+        scenario.say("d")
+    scenario.say("a")
+    scenario(Failed("d1", "its --min-batch-size"))
+    for name in "bc":
+        assert scenario.sum.phase is SecurePhase.SHARING
+        scenario.say(name)
+    assert scenario.sum.state.roster == set("abc")
+
+
+def test_who_gives_its_task_back_last_keeps_nobody_waiting():
+    scenario = SecureScenario().poll("abcd").begin()
+    for name in "abc":
+        scenario.say(name)
+    scenario(Failed("d1", "its --min-batch-size"))
+    assert scenario.sum.state.roster == set("abc")
 
 
 def test_a_round_whose_sum_is_lost_is_abandoned_with_the_reason():
