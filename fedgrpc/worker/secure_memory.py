@@ -60,7 +60,7 @@ class SecureMemory:
         self._ring = ring
         begun = SecureTask(circle, own)
         self.fix(token, begun)
-        self._forget_old()
+        self._forget_old(_name_of(token))
         return begun
 
     def of(self, token: str) -> SecureTask:
@@ -99,10 +99,11 @@ class SecureMemory:
             make_private(self._folder)
             write_file(self._folder / name, content, private=True)
 
-    def _forget_old(self) -> None:
+    def _forget_old(self, newest: str) -> None:
         with storage_errors(self._folder):
-            sums = [path for path in self._folder.iterdir() if len(path.name) == 64]
-            for path in sorted(sums, key=lambda each: each.stat().st_mtime)[:-_KEPT_SUMS]:
+            # By name: the clock may have fallen back since the others were written.
+            sums = [path for path in self._folder.iterdir() if len(path.name) == 64 and path.name != newest]
+            for path in sorted(sums, key=lambda each: each.stat().st_mtime)[: 1 - _KEPT_SUMS]:
                 path.unlink()
 
 

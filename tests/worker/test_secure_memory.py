@@ -1,5 +1,8 @@
 """A device's memory of secure sums: whatever it is asked, and whenever it restarts, it says one thing."""
 
+import os
+import time
+
 import pytest
 
 from fedgrpc.errors import UpdateRefused
@@ -92,3 +95,24 @@ def test_only_the_last_sums_are_kept(tmp_path):
     assert len([path for path in (tmp_path / "secure").iterdir() if path.name != "key"]) == 8
     with pytest.raises(UpdateRefused, match="knows nothing"):
         memory.of("t0")
+
+
+def test_a_clock_that_fell_back_costs_no_sum_that_has_just_begun(tmp_path):
+    memory = restarted(tmp_path)
+    for number in range(8):
+        memory.begin(f"old {number}", circle(b"%d" % number), memory.public_keys())
+    # As on a device that starts in 1970 until it has asked for the time.
+    for path in (tmp_path / "secure").iterdir():
+        os.utime(path, (time.time() + 1e6,) * 2)
+    memory.begin("new", circle(), memory.public_keys())
+    assert memory.of("new").circle == circle()
+    assert len([path for path in (tmp_path / "secure").iterdir() if path.name != "key"]) == 8
+
+
+def test_nobody_else_may_read_what_a_device_remembers(tmp_path):
+    masked(tmp_path)
+    memory = restarted(tmp_path)
+    memory.public_keys()
+    found = [tmp_path / "secure", *(tmp_path / "secure").iterdir()]
+    assert len(found) == 3
+    assert [path.stat().st_mode & 0o077 for path in found] == [0] * 3
