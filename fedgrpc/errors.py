@@ -64,7 +64,8 @@ class ExtraMissing(UsageError):
     @classmethod
     def of(cls, feature: str, extra: str, cause: ImportError | None = None) -> Self:
         """Return the error for `feature`, whose packages `fedgrpc[extra]` has; `cause`: what is missing."""
-        return cls(f"{feature} needs packages: pip install 'fedgrpc[{extra}]'" + (f" ({cause})" if cause else ""))
+        because = f" ({cause})" if cause else ""
+        return cls(f"{feature} needs packages: pip install 'fedgrpc[{extra}]', in a clone '.[{extra}]'{because}")
 
 
 class TaskUnfit(UsageError):

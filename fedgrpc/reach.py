@@ -25,7 +25,9 @@ RENEW_AFTER: Final = 2 / 3
 async def on_this_host(data_dir: Path) -> AsyncIterator[Calls]:
     """Dial the aggregator of a data folder, whose owner needs no certificate. Raises `LinkError`."""
     if not (data_dir / IDENTITY / SOCKET).exists():
-        raise LinkError(f"no aggregator runs here with the data folder {data_dir}")
+        raise LinkError(
+            f"no aggregator runs here with the data folder {data_dir}: start it, or use --context for another one"
+        )
     with local_address(data_dir / IDENTITY) as address:
         async with connect(address) as calls:
             yield calls

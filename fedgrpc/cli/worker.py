@@ -134,7 +134,7 @@ SETTINGS: list[Setting] = [
     _service("--serve-tls-key", "Key of that certificate (PEM).", type=click.Path(path_type=Path, exists=True)),
     _life(
         "--exit-when-run-ends/--stay",
-        "End the process with the run, or wait for the next run.",
+        "End the process with the run, or stay for further runs and releases.",
         name="exit_when_run_ends",
     ),
     _life("--poll-wait", "Longest wait of a poll.", name="poll_wait_s", type=DURATION),

@@ -63,6 +63,8 @@ class JoinToken:
         text = text.strip()
         match = _PARTS.fullmatch(text) if len(text) <= MAX_TOKEN_CHARS else None
         if match is None:
+            if not text:
+                raise TokenRefused("the join token, or its file, is empty: make one with `fedgrpc token create`")
             looks_like_one = text.startswith(_VERSION + ".")
             what = "the join token is cut off or damaged" if looks_like_one else "this is no join token"
             raise TokenRefused(f"{what}: one is a single line that begins with {_VERSION}. and has 89 characters")

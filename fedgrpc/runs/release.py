@@ -81,7 +81,9 @@ class Release:
 
     def __post_init__(self) -> None:
         if not self.canaries:
-            raise UsageError("a release needs a device to begin with: none is known that trains")
+            raise UsageError(
+                "a release needs a device to begin with, and none is known that trains: start workers with --stay"
+            )
         if len(self.conditions) > MAX_CONDITIONS:
             raise UsageError(f"a release has at most {MAX_CONDITIONS} conditions, not {len(self.conditions)}")
         if not 0 < self.after_s <= MAX_AFTER_S:

@@ -193,7 +193,7 @@ class Loop:
                 continue
             self._retries.reset()
             if polled.run_ended and self._settings.exit_when_run_ends:
-                self._log.info("run ended", run=registration.run)
+                self._log.info("run ended", run=registration.run, to_wait_for_the_next="--stay")
                 return
             if polled.run_ended:
                 await self._controls.wait(self._settings.poll_wait_s)

@@ -164,6 +164,7 @@ async def test_without_an_aggregator_the_data_folder_is_read_or_said_to_be_alone
     code, _, error = await shell("device", "list", *there)
     assert code == 4
     assert "no aggregator runs here" in error
+    assert "start it" in error
 
 
 async def test_ways_to_an_aggregator_exclude_each_other(shell, tmp_path):

@@ -50,6 +50,12 @@ def test_what_is_no_token_is_refused(text):
         JoinToken.parse(text)
 
 
+@pytest.mark.parametrize("text", ["", " \n"])
+def test_an_empty_token_is_refused_as_empty_with_the_command_that_makes_one(text):
+    with pytest.raises(TokenRefused, match=r"empty.*fedgrpc token create"):
+        JoinToken.parse(text)
+
+
 def test_the_key_follows_from_the_secret_alone():
     made = token()
     other = dataclasses.replace(made, id="zzzzzzzz", authority_sha256=b"\x06" * 32)
