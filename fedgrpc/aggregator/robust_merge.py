@@ -7,10 +7,12 @@ have no say. The same updates in the same order give the same bits.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Final
 
 import numpy as np
+import structlog
 
 from fedgrpc.aggregation.partial_update import coverage_of, unpack
 from fedgrpc.aggregation.robust.aggregation import Aggregation
@@ -18,12 +20,15 @@ from fedgrpc.aggregator.fold import Load
 from fedgrpc.algorithms.companions import MARK
 from fedgrpc.codec.layout import Layout, TensorSpec
 from fedgrpc.codec.payload import in_pieces
-from fedgrpc.errors import UnusableUpdate, UpdateRefused, blaming
+from fedgrpc.errors import FedgrpcError, UnusableUpdate, UpdateRefused, blaming
 from fedgrpc.runs.merge import Merge
 from fedgrpc.storage.update_file import UpdateFile
 
 # Elements of all updates together, as float64: 32 MiB.
 _MOST_ELEMENTS: Final = 1 << 22
+_MOST_CHARS: Final = 300
+
+log = structlog.get_logger()
 
 
 class Stacks:
@@ -90,18 +95,50 @@ class Combined:
 
 
 def combined(spec: TensorSpec, merge: Merge, load: Load) -> Combined:
-    """Return what the rule of `merge` makes of one trained tensor. Raises as reading an update does."""
+    """Return what the rule of `merge` makes of one trained tensor.
+
+    Raises `UpdateRefused` where the rule fails, and as reading an update does.
+    """
     assert merge.combine is not None
     values = np.full(spec.size, np.nan)
     for piece, stack in Stacks(merge, load).of(spec):
-        values[piece] = merge.combine(stack)
+        with _running_the_rule():
+            made = np.asarray(merge.combine(stack), np.float64)
+        if made.shape != stack.shape[1:]:
+            raise UpdateRefused(
+                f"the aggregation rule returned shape {made.shape}, not {stack.shape[1:]}: fix combine()"
+            )
+        # NaN leaves a coordinate as it was: a rule that returns it by mistake would stop learning without a word.
+        if (empty := np.isnan(made)).any() and not np.isnan(stack[:, empty]).all():
+            raise UpdateRefused(
+                f"the aggregation rule returned NaN for a coordinate of {spec.name} that some of the {len(stack)} "
+                "updates have: fix combine(), or set `least` and --quorum higher"
+            )
+        values[piece] = made
     return Combined(values.reshape(spec.shape))
+
+
+@contextmanager
+def _running_the_rule() -> Iterator[None]:
+    """Raise `UpdateRefused` for whatever a class of the operator's own raises.
+
+    The fault ends the round, and not the aggregator.
+    """
+    try:
+        yield
+    except (FedgrpcError, MemoryError):
+        raise
+    except Exception as error:
+        log.exception("the aggregation rule raised")
+        reason = f"the aggregation rule raised {type(error).__name__}: {' '.join(str(error).split())}"
+        raise UpdateRefused(reason[:_MOST_CHARS]) from error
 
 
 def judged(aggregation: Aggregation, merge: Merge, load: Load, layout: Layout) -> Merge:
     """Return `merge` as the operator's rule wants it.
 
-    Raises `UpdateRefused` for too few updates, `UnusableUpdate` for the mean of a leaf, and as reading does.
+    Raises `UpdateRefused` for too few updates and where the rule fails, `UnusableUpdate` for the mean of a leaf,
+    and as reading does.
     """
     stacks = Stacks(merge, load)
     for token in merge.merged:
@@ -111,11 +148,17 @@ def judged(aggregation: Aggregation, merge: Merge, load: Load, layout: Layout) -
     if merge.sub_models and aggregation.by_coordinate:
         # Distances between updates of different coordinates mean nothing, and the rule needs none.
         return merge.voted(stacks.tokens, aggregation.rule.combine)
-    verdict = aggregation.judge(_products(stacks, layout))
+    products = _products(stacks, layout)
+    with _running_the_rule():
+        verdict = aggregation.judge(products)
     distances = dict(zip(stacks.tokens, map(float, verdict.distances), strict=True))
     if verdict.combine is not None:
         return replace(merge.voted(stacks.tokens, verdict.combine), distances=distances)
     assert verdict.shares is not None
+    if np.shape(verdict.shares) != (len(products),) or not 0 < np.sum(verdict.shares) < np.inf:
+        raise UpdateRefused(
+            f"the aggregation rule returned no {len(products)} shares with a sum above 0: fix shares()"
+        )
     shares = dict(zip(stacks.tokens, map(float, verdict.shares), strict=True))
     return replace(merge.shared_out(shares), distances=distances)
 

@@ -201,7 +201,9 @@ class RunState:
         A few bad workers pause no run: others that deliver, and are enough, continue without them.
         """
         others = fleet.live_trainers(now, self.streak.workers)
-        others_deliver = self.streak.delivered and others >= self.rules.policy.needed_idle
+        # Where nobody is to blame, what is made of the updates fails: a rule of one's own, perhaps.
+        blamed = self.streak.delivered and bool(self.streak.workers)
+        others_deliver = blamed and others >= self.rules.policy.needed_idle
         if not self.streak.hopeless or others_deliver:
             return ""
         lost = [

@@ -1,6 +1,8 @@
 """Rules on stored updates, read a piece at a time, against the same on whole arrays."""
 
 import asyncio
+from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -121,6 +123,79 @@ def test_too_few_updates_and_means_of_leaves_are_refused(tmp_path):
         judged(aggregation_of("krum:f=1"), Merge({"a": 1.0}), journal.load, ())
     with pytest.raises(UnusableUpdate, match="mean of several"):
         judged(aggregation_of("median"), Merge({"a": 1.0}, merged={"a": 3.0}), journal.load, ())
+
+
+@dataclass(frozen=True)
+class Own:
+    """Base of rules of an operator's own, each with another fault. A subclass of a dataclass is one."""
+
+    least: ClassVar[int] = 2
+
+
+class Raises(Own):
+    def combine(self, updates):
+        raise KeyError("no such\nkey")
+
+
+class Narrow(Own):
+    def combine(self, updates):
+        return updates[:, 1:].mean(axis=0)
+
+
+class Empty(Own):
+    def combine(self, updates):
+        return np.full(updates.shape[1], np.nan)
+
+
+class RaisesShares(Own):
+    def shares(self, gram):
+        raise ValueError("no shares")
+
+
+class NaNShares(Own):
+    def shares(self, gram):
+        return np.full(len(gram), np.nan)
+
+
+class NoShares(Own):
+    def shares(self, gram):
+        return np.zeros(len(gram))
+
+
+FAULTS = [
+    ("Raises", "KeyError: 'no such"),
+    ("Narrow", "shape"),
+    ("Empty", "NaN for a coordinate of w that some of the 3 updates have"),
+    ("RaisesShares", "ValueError: no shares"),
+    ("NaNShares", "sum above 0"),
+    ("NoShares", "sum above 0"),
+]
+
+
+@pytest.mark.parametrize(("name", "words"), FAULTS)
+def test_a_rule_of_ones_own_that_fails_refuses_the_commit_with_the_reason(tmp_path, name, words):
+    updates = {f"u{seed}": update(seed) for seed in range(3)}
+    with pytest.raises(UpdateRefused, match=words):
+        commit(tmp_path, f"{__name__}:{name}", Merge(dict.fromkeys(updates, 1.0)), updates)
+
+
+@pytest.mark.parametrize("name", ["Raises", "NaNShares"])
+async def test_a_rule_of_ones_own_that_fails_ends_rounds_and_pauses_the_run(tmp_path, name):
+    policy = {"min_workers": 2, "quorum": 2}
+    async with running_aggregator(tmp_path, policy=policy, aggregation=f"{__name__}:{name}") as running:
+        devices = [await running.device(worker) for worker in "ab"]
+        for number in (1, 2, 3):
+            tasks = await asyncio.gather(*(device.task() for device in devices))
+            for device, task in zip(devices, tasks, strict=True):
+                await device.push(task, update_of(1.0))
+            _, round_ = await running.until(
+                lambda _, seen, number=number: (
+                    (seen.number, seen.phase) == (number, round_pb2.ROUND_PHASE_ABANDONED)
+                )
+            )
+        assert "the aggregation rule" in round_.reason
+        run, _ = await running.until(lambda run, _: run.paused_reason)
+        assert "3 rounds in a row" in run.paused_reason
 
 
 @pytest.mark.parametrize("text", ["median", "krum:f=1", "geometric-median", "nnm+trimmed-mean:0.2"])
