@@ -143,8 +143,14 @@ def read_file(path: Path, parse: Callable[[str], T]) -> T:
         raise UsageError(f"{path}: {error}") from error
 
 
+# Tables of an experiment: people give its file to --config as it stands.
+_OF_EXPERIMENTS = ("learning", "devices", "availability")
+
+
 def _settings(content: Mapping[str, Any], table: str, keys: Mapping[str, bool]) -> dict[str, Text]:
     for name, value in content.items():
+        if name in _OF_EXPERIMENTS:
+            raise UsageError(f"[{name}] is for `fedgrpc simulate`: copy [{table}] into a file of its own")
         if not isinstance(value, dict):
             raise UsageError(f"{name!r} is outside of a table: add a line [{table}] above")
         if name not in COMMANDS:

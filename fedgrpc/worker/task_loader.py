@@ -130,7 +130,10 @@ def constructor_arguments(
     arguments = {name: value for name, value in given.items() if name in parameters and value is not None}
     for name in ("data", "model", "partition"):
         if given[name] is not None and not {name, "setup"} & {*parameters, *taken}:
-            raise UsageError(f"task {reference} takes no --{name}")
+            both = "`partition` and `part`" if name == "partition" else f"`{name}`"
+            raise UsageError(
+                f"task {reference} takes no --{name}: leave it out, or let its constructor take {both}"
+            )
     own = {name: each for name, each in parameters.items() if name not in given}
     for name, text in setup.options.items():
         if name in own:

@@ -96,6 +96,8 @@ def test_the_commands_are_listed_with_all_that_is_said_of_them(tmp_path: Path) -
         ("[aggregator", ["fleet.toml: not valid TOML"]),
         ("[aggregator]\nround = 3\n", ["[aggregator] has no setting 'round'; did you mean 'rounds'?"]),
         ("[agregator]\nrounds = 3\n", ["no table [agregator]; did you mean 'aggregator'?"]),
+        ("[learning]\ntask = 't'\n[aggregator]\nrounds = 3\n", ["[learning] is for", "[aggregator] into a file"]),
+        ("[aggregator]\nrounds = 3\n[[devices]]\ncount = 1\n", ["[devices] is for", "file of its own"]),
         ("rounds = 3\n", ["'rounds'", "outside of a table", "[aggregator]"]),
         ("[aggregator]\nrounds = 2.5\n", ["--rounds: '2.5'", "(from fleet.toml)"]),
         ("[aggregator]\nrounds = 0\n", ["rounds must be at least 1, not 0 (from fleet.toml)"]),
