@@ -36,7 +36,8 @@ from fedgrpc.rounds.policy import TaskKind
 from fedgrpc.rpc.identity import Session
 from fedgrpc.trainer import EvalResult
 from fedgrpc.v1 import aggregator_pb2
-from fedgrpc.worker.client import AggregatorClient, Report
+from fedgrpc.worker.caller import Report
+from fedgrpc.worker.client import AggregatorClient
 from fedgrpc.worker.device import detect
 from fedgrpc.worker.enrolment import Link
 from fedgrpc.worker.local_work import LocalWork, TaskFiles

@@ -33,10 +33,11 @@ from fedgrpc.protocol.tasks import task_from_proto
 from fedgrpc.protocol.tensors import manifest_from_proto
 from fedgrpc.rounds.history import Timings
 from fedgrpc.v1 import round_pb2
-from fedgrpc.worker.client import AggregatorClient, Pushed
+from fedgrpc.worker.client import AggregatorClient
 from fedgrpc.worker.secure_memory import SecureMemory
 from fedgrpc.worker.spool import Spool, SpooledUpdate
 from fedgrpc.worker.status import StatusPublisher
+from fedgrpc.worker.update_pushes import Pushed
 
 _TRIES: Final = 3
 # A floor for the aggregator's retry delay: one of zero must not make a busy loop.
@@ -105,12 +106,12 @@ class Delivery:
         except Interrupted as interruption:
             # A lease also ends when its update is accepted: the order to stop may have crossed the
             # acknowledgement.
-            if not (await self._client.query_push(update.token)).complete:
+            if not (await self._client.pushes.query_push(update.token)).complete:
                 raise RoundClosed(str(interruption)) from interruption
 
     async def _push(self, update: SpooledUpdate, moved: Callable[[float], None], new: bool) -> None:
         # A new update has no bytes on the aggregator, so skip the query.
-        held = Pushed(0, False) if new else await self._client.query_push(update.token)
+        held = Pushed(0, False) if new else await self._client.pushes.query_push(update.token)
         tries_left, wait_s = _TRIES, held.retry_after_s
         with update.reader() as read:
             while not held.complete:
@@ -121,7 +122,7 @@ class Delivery:
                     await asyncio.sleep(wait_s)
                 tries_left -= 1
                 try:
-                    if await self._client.push(update.header, read, held.committed_size_bytes, moved):
+                    if await self._client.pushes.push(update.header, read, held.committed_size_bytes, moved):
                         return
                 except Exhausted as refusal:
                     if refusal.retry_after_s is None:
@@ -136,7 +137,7 @@ class Delivery:
                     # An aggregator that was restarted may take smaller chunks than the former one.
                     if not await self._client.takes_smaller_chunks():
                         raise
-                held = await self._client.query_push(update.token)
+                held = await self._client.pushes.query_push(update.token)
                 wait_s = held.retry_after_s
 
     async def _explain(

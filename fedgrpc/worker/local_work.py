@@ -24,7 +24,8 @@ from fedgrpc.protocol.tasks import Registration, Task
 from fedgrpc.rounds.policy import TaskKind
 from fedgrpc.rpc.retry import with_retries
 from fedgrpc.v1 import aggregator_pb2
-from fedgrpc.worker.client import AggregatorClient, Report
+from fedgrpc.worker.caller import Report
+from fedgrpc.worker.client import AggregatorClient
 from fedgrpc.worker.held_model import HeldModel, Source
 from fedgrpc.worker.model_folder import ModelFolder
 from fedgrpc.worker.secure_memory import SecureMemory
@@ -121,7 +122,7 @@ class TaskFiles:
         self.models.limit(most_bytes)
 
         async def checked() -> HeldModel:
-            held = await self._client.pull(self.models, source, task.token, report)
+            held = await self._client.pulls.pull(self.models, source, task.token, report)
             await asyncio.to_thread(self.models.check_held)
             return held
 

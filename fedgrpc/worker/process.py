@@ -101,7 +101,7 @@ class Worker:
             def takes(run_id: str) -> bool:
                 return run_id == loop.run_id or runs.knows(run_id)
 
-            follower = ReleaseFollower(client, released, self.publisher, score, takes)
+            follower = ReleaseFollower(client.releases, client.pulls, released, self.publisher, score, takes)
             await self._serve(stack, files.models, released)
             return await self._run_loop(loop, folder, link, follower)
 

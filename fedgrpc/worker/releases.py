@@ -16,8 +16,9 @@ from fedgrpc.errors import CorruptError, FedgrpcError, StorageError, WrongOffset
 from fedgrpc.protocol.durations import duration_from_proto
 from fedgrpc.rpc.retry import Backoff, Retries
 from fedgrpc.v1.models_pb2 import ServedVersion
-from fedgrpc.worker.client import AggregatorClient
 from fedgrpc.worker.held_model import HeldModel, Source
+from fedgrpc.worker.model_pulls import ModelPulls
+from fedgrpc.worker.release_calls import ReleaseCalls
 from fedgrpc.worker.released_models import ReleasedModels
 from fedgrpc.worker.status import StatusPublisher
 
@@ -39,7 +40,8 @@ class ReleaseFollower:
 
     def __init__(
         self,
-        client: AggregatorClient,
+        calls: ReleaseCalls,
+        pulls: ModelPulls,
         models: ReleasedModels,
         publisher: StatusPublisher,
         score: Score,
@@ -47,7 +49,8 @@ class ReleaseFollower:
         again: Backoff = _AGAIN,
     ) -> None:
         """`takes` says whether this device has to do with the run of that id."""
-        self._client = client
+        self._calls = calls
+        self._pulls = pulls
         self._models = models
         self._publisher = publisher
         self._score = score
@@ -71,7 +74,7 @@ class ReleaseFollower:
         try:
             while True:
                 try:
-                    self._told = await self._client.follow_releases(self._told, _WAIT_S)
+                    self._told = await self._calls.follow_releases(self._told, _WAIT_S)
                     await self._take(self._told)
                     retries.reset()
                 except FedgrpcError as error:
@@ -133,7 +136,7 @@ class ReleaseFollower:
         model = models.whole(run_id, wanted.version)
         if model is None:
             folder = await asyncio.to_thread(models.folder_of, run_id, wanted.version)
-            model = await self._client.pull(folder, Source(run_id, wanted.version))
+            model = await self._pulls.pull(folder, Source(run_id, wanted.version))
         await asyncio.to_thread(models.publish, wanted.run, run_id, wanted.version, wanted.release)
         log.info("release served", run=wanted.run, version=wanted.version, release=wanted.release)
         self.show()
@@ -145,7 +148,7 @@ class ReleaseFollower:
         except FedgrpcError as error:
             await self._report_failure(wanted, str(error))
         else:
-            await self._client.report_release(wanted.run_id, wanted.release, scores, "")
+            await self._calls.report_release(wanted.run_id, wanted.release, scores, "")
         return model
 
     async def _report_failure(self, wanted: ServedVersion, reason: str) -> None:
@@ -153,7 +156,7 @@ class ReleaseFollower:
         retries = Retries(self._again)
         while True:
             try:
-                return await self._client.report_release(wanted.run_id, wanted.release, {}, reason)
+                return await self._calls.report_release(wanted.run_id, wanted.release, {}, reason)
             except FedgrpcError as error:
                 if not error.retryable:
                     log.warning("release not reported", release=wanted.release, reason=str(error))

@@ -55,7 +55,7 @@ from fedgrpc.worker.algorithm_work import (
     check_allowed,
     received_for,
 )
-from fedgrpc.worker.client import Report
+from fedgrpc.worker.caller import Report
 from fedgrpc.worker.device import resident_bytes, usable_memory_bytes
 from fedgrpc.worker.guarded_trainer import first_weights, guarded, users_code
 from fedgrpc.worker.held_model import HeldModel

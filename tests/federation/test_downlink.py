@@ -268,7 +268,7 @@ async def test_a_device_that_holds_a_sum_keeps_it_through_its_restart_and_asks_f
             client, folder = AggregatorClient(channel, "b"), ModelFolder(tmp_path / "model")
 
             async def pulled(task, folder):
-                return await client.pull(folder, Source(run_id, task.model_version), task.token)
+                return await client.pulls.pull(folder, Source(run_id, task.model_version), task.token)
 
             async def ended(task):
                 await device.push(task, an_update(task.round))

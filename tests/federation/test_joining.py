@@ -281,9 +281,9 @@ async def test_a_renewal_during_an_upload_does_not_touch_it(tmp_path):
 
             manifest, payload = encoded(update_of(), "raw")
             header = device.header(task, manifest)
-            assert await client.push(header, read, 0)
+            assert await client.pushes.push(header, read, 0)
             assert link.channel is not former
-            assert (await client.query_push(task.token)).complete
+            assert (await client.pushes.query_push(task.token)).complete
 
 
 async def test_a_worker_whose_certificate_is_past_its_life_renews_and_goes_on(tmp_path):

@@ -132,8 +132,8 @@ class Killed:
         exchange = client.AggregatorClient.exchange
 
         async def watched(calls, token, kind, parts, wait_s):
-            if self.moments.get(calls._worker) == kind:
-                self.kill(calls._worker)
+            if self.moments.get(calls.caller.worker) == kind:
+                self.kill(calls.caller.worker)
                 await asyncio.sleep(self.pause_s)
             return await exchange(calls, token, kind, parts, wait_s)
 
@@ -236,7 +236,7 @@ async def test_what_the_aggregator_gets_of_a_device_looks_like_chance_and_tells_
         add(total, load, token, bits)
 
     async def heard(calls, token, kind, sent, wait_s):
-        parts[calls._worker].append((kind, dict(sent)))
+        parts[calls.caller.worker].append((kind, dict(sent)))
         return await exchange(calls, token, kind, sent, wait_s)
 
     monkeypatch.setattr(secure_sums, "_add_masked", add_masked)

@@ -109,7 +109,7 @@ def test_what_fills_the_buffers_of_a_slow_link_at_once_does_not_make_chunks_larg
 async def test_an_upload_grows_its_chunks_while_they_are_taken_fast(tmp_path):
     async with uploading(tmp_path, Clock()) as (client, header):
         read = Reading()
-        assert await client.push(header, read, 0)
+        assert await client.pushes.push(header, read, 0)
         assert sum(read.sizes) == len(PAYLOAD)
         assert read.sizes[0] == FIRST_CHUNK_BYTES
         assert LARGE_UPLOAD_BYTES in read.sizes
@@ -122,7 +122,7 @@ async def test_an_upload_grows_its_chunks_while_they_are_taken_fast(tmp_path):
 async def test_an_upload_to_a_slow_reader_keeps_to_small_chunks(tmp_path):
     async with uploading(tmp_path, Clock(step_s=4.0)) as (client, header):
         read = Reading()
-        assert await client.push(header, read, 0)
+        assert await client.pushes.push(header, read, 0)
         assert max(read.sizes) == FIRST_CHUNK_BYTES
         assert LEAST_CHUNK_BYTES in read.sizes
 
@@ -136,7 +136,7 @@ async def test_an_upload_shrinks_its_chunks_when_the_link_has_become_slow(tmp_pa
             if progress > 0.45:
                 clock.step_s = 4.0
 
-        assert await client.push(header, read, 0, report)
+        assert await client.pushes.push(header, read, 0, report)
         assert LARGE_UPLOAD_BYTES in read.sizes
         assert min(read.sizes[read.sizes.index(LARGE_UPLOAD_BYTES) : -1]) < CHUNK_BYTES
 
@@ -145,7 +145,7 @@ async def test_an_upload_that_broke_off_goes_on_at_its_byte_in_chunks_of_another
     clock = Clock()
     async with uploading(tmp_path, clock) as (client, header):
         with pytest.raises(LinkError, match="cut"):
-            await client.push(header, Reading(break_at=20 * MIB), 0)
+            await client.pushes.push(header, Reading(break_at=20 * MIB), 0)
         clock.step_s = 4.0
         offset, sizes = await pushed_on(client, header)
         assert 0 < offset < len(PAYLOAD)
@@ -158,9 +158,9 @@ async def pushed_on(client, header):
     """Go on where the aggregator stands: the offset, and the sizes of the chunks from there."""
     async with asyncio.timeout(PATIENCE_S):
         while True:
-            held, read = await client.query_push(header.token), Reading()
+            held, read = await client.pushes.query_push(header.token), Reading()
             try:
-                assert await client.push(header, read, held.committed_size_bytes)
+                assert await client.pushes.push(header, read, held.committed_size_bytes)
             except WrongOffset:
                 # The stream that broke off had bytes that were still being stored.
                 continue
@@ -170,7 +170,7 @@ async def pushed_on(client, header):
 async def test_chunks_are_never_larger_than_the_aggregator_takes(tmp_path):
     async with uploading(tmp_path, Clock(), max_chunk_bytes=3 * MIB // 2) as (client, header):
         read = Reading()
-        assert await client.push(header, read, 0)
+        assert await client.pushes.push(header, read, 0)
         assert max(read.sizes) == 3 * MIB // 2
 
 

@@ -68,11 +68,11 @@ async def _exchange(port: int, width: int, folder: Path) -> tuple[float, float]:
         while (polled := await client.poll(5.0, None)).task is None:
             pass
         source = Source(registration.run_id, polled.task.model_version)
-        down_s = await _timed(client.pull(ModelFolder(folder), source, polled.task.token))
+        down_s = await _timed(client.pulls.pull(ModelFolder(folder), source, polled.task.token))
         header = UpdateHeader(
             worker="far", token=polled.task.token, manifest=manifest_to_proto(manifest), example_count=10
         )
-        up_s = await _timed(client.push(header, buffer_reader(out.getbuffer()), 0))
+        up_s = await _timed(client.pushes.push(header, buffer_reader(out.getbuffer()), 0))
     return mbit / down_s, mbit / up_s
 
 

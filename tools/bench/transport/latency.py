@@ -139,7 +139,7 @@ async def _upload(pipe: Connection, port: int, number: int, width: int, updates:
         await asyncio.to_thread(pipe.recv)
         began = time.monotonic()
         for client, header in tasks:
-            await client.push(header, read, 0)
+            await client.pushes.push(header, read, 0)
         return began, time.monotonic()
 
 
