@@ -33,7 +33,10 @@ def _is_one_line(ended: EndedCommand, *parts: str, code: int = 2) -> None:
         (["aggregator", "--data-dir", "d", "--weight", "pi-1"], ["--weight", "'pi-1'", "NAME=VALUE"]),
         (["aggregator", "--data-dir", "d", "--weight", "pi-1=-1"], ["'pi-1' must be a number from 0"]),
         (["aggregator", "--data-dir", "d", "--target-metric", "good"], ["accuracy>=0.95", "'good'"]),
-        (["aggregator", "--data-dir", "d", "--server-optimizer", "adam"], ["no server optimizer 'adam'", "fedadam"]),
+        (
+            ["aggregator", "--data-dir", "d", "--server-optimizer", "adam"],
+            ["no server optimizer 'adam'", "fedadam"],
+        ),
         (["aggregator", "--data-dir", "d", "--initial-model", "no.safetensors"], ["no.safetensors", "not exist"]),
         (["aggregator", "--data-dir", "d", "--address", "50051"], ["'50051' must look like HOST:PORT"]),
         (["aggregator", "--data-dir", "d", "--metrics-address", "9090"], ["'9090' must look like HOST:PORT"]),
