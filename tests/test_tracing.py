@@ -45,7 +45,7 @@ async def test_spans_of_both_sides_of_a_round_are_one_trace(exporter, tmp_path):
     assert [task.parent.span_id for task in tasks] == [span_id, span_id]
     assert sorted(task.attributes["fedgrpc.worker"] for task in tasks) == ["a", "b"]
     own = {task.context.span_id for task in tasks}
-    for name in ("download", "local", "upload", "Aggregator/PullModel", "Aggregator/PushUpdate"):
+    for name in ("download", "local", "upload", "Aggregator/PushUpdate"):
         assert {span.parent.span_id for span in named(spans, name)} == own, name
     assert round_.attributes["fedgrpc.accepted"] == 2
 

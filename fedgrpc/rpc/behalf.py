@@ -59,3 +59,7 @@ class BehalfChannel:
     def stream_unary(self, *arguments: Any, **options: Any) -> Callable[..., Any]:
         """As of any channel."""
         return partial(self._channel.stream_unary(*arguments, **options), metadata=self._behalf.metadata)
+
+    def stream_stream(self, *arguments: Any, **options: Any) -> Callable[..., Any]:
+        """As of any channel."""
+        return partial(self._channel.stream_stream(*arguments, **options), metadata=self._behalf.metadata)
