@@ -12,7 +12,6 @@ from typing import Any, Final
 
 import click
 from rich.box import SIMPLE_HEAD
-from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
@@ -21,7 +20,7 @@ from fedgrpc.cli.aggregator import COMMAND as AGGREGATOR
 from fedgrpc.cli.aggregator import settings_from
 from fedgrpc.cli.as_json import json_text
 from fedgrpc.cli.values import read_file
-from fedgrpc.cli.view import piped_console, print_table
+from fedgrpc.cli.view import piped_console, print_table, progress_bar
 from fedgrpc.errors import UsageError
 from fedgrpc.logging import configure
 from fedgrpc.simulation.learning.experiment import Experiment
@@ -81,14 +80,8 @@ def simulate_experiment(path: Path, values: Mapping[str, Any]) -> None:
 
 
 def _progress() -> Progress:
-    return Progress(
-        BarColumn(),
-        TextColumn("{task.percentage:>3.0f}%"),
-        TimeElapsedColumn(),
-        TextColumn("{task.fields[told]}"),
-        console=Console(stderr=True),
-        transient=True,
-    )
+    percent, told = TextColumn("{task.percentage:>3.0f}%"), TextColumn("{task.fields[told]}")
+    return progress_bar(BarColumn(), percent, TimeElapsedColumn(), told)
 
 
 def _table(experiment: Experiment, rows: list[VersionRow]) -> Table:

@@ -22,7 +22,7 @@ from fedgrpc import toml
 from fedgrpc.cli.as_json import json_text
 from fedgrpc.cli.options import AS_JSON, Declare, SettingsCommand
 from fedgrpc.cli.values import read_file
-from fedgrpc.cli.view import piped_console, print_table
+from fedgrpc.cli.view import piped_console, print_table, progress_bar
 from fedgrpc.errors import FedgrpcError, UsageError
 from fedgrpc.plots import COLOURS, TEXT_PT, check_plot, legend_below, new_figure, save, styles
 from fedgrpc.simulation.fleet import DescribedFleet, FleetVariant
@@ -62,7 +62,7 @@ def _simulate_fleet(path: Path, values: dict[str, Any]) -> None:
     described = read_fleet(path)
     if plot is not None:
         check_plot(plot)
-    with Progress(console=Console(stderr=True), transient=True) as progress:
+    with progress_bar(*Progress.get_default_columns()) as progress:
         shown = [progress.add_task(variant.name, total=1.0) for variant in described.variants]
 
         def show(done: Sequence[float]) -> None:

@@ -9,15 +9,14 @@ from typing import Any, Final
 import click
 import numpy as np
 from rich.box import SIMPLE_HEAD
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedColumn
+from rich.progress import BarColumn, MofNCompleteColumn, TimeElapsedColumn
 from rich.table import Table
 
 from fedgrpc import toml
 from fedgrpc.cli.experiment import parse_experiment
 from fedgrpc.cli.options import Declare, SettingsCommand
 from fedgrpc.cli.values import read_file
-from fedgrpc.cli.view import piped_console, print_table
+from fedgrpc.cli.view import piped_console, print_table, progress_bar
 from fedgrpc.logging import configure
 from fedgrpc.simulation.learning.play import IN_USE, as_csv, columns_of
 from fedgrpc.simulation.learning.plots import Curve, check_plot, pareto_front, plot_curves
@@ -40,10 +39,10 @@ def _run(**values: Any) -> None:
     content = read_file(base, toml.parse)
     points = read_file(path, lambda text: points_of(toml.parse(text), content, parse_experiment))
     configure("error")
-    progress = Progress(
-        BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), console=Console(stderr=True), transient=True
-    )
-    with hold_folder(out, IN_USE), progress:
+    with (
+        hold_folder(out, IN_USE),
+        progress_bar(BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()) as progress,
+    ):
         shown = progress.add_task("", total=len(points))
         results = play_points(points, out, values["jobs"], lambda done: progress.update(shown, completed=done))
     rows = tidy_rows(points, results)

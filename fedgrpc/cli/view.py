@@ -8,6 +8,7 @@ from datetime import UTC, datetime
 import click
 from google.protobuf.timestamp_pb2 import Timestamp
 from rich.console import Console, RenderableType
+from rich.progress import Progress, ProgressColumn
 from rich.table import Table
 from rich.text import Text
 
@@ -15,6 +16,12 @@ from fedgrpc.claims import printable
 
 # Wider than any line: lines in a pipe are neither cut nor wrapped.
 _PIPE_COLUMNS = 10_000
+
+
+def progress_bar(*columns: ProgressColumn) -> Progress:
+    """Return a bar on standard error that goes when it is done; nothing where that is no terminal."""
+    console = Console(stderr=True)
+    return Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
 
 
 def piped_console() -> Console:

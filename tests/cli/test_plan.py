@@ -70,7 +70,7 @@ def test_each_plan_of_a_file_is_measured_as_it_is_and_what_saves_nothing_says_so
     shown = capsys.readouterr()
     (found,) = json.loads(shown.out)
     emulated, checkpointed, whole = found["plans"]
-    assert emulated["local_s"] > 3 * whole["local_s"]
+    assert emulated["local_s"] > whole["local_s"]
     assert "emulated number format saves neither memory, time nor bytes" in emulated["note"]
     assert whole["note"] == ""
     # The model of digits has no blocks, so its checkpoints are priced by formula.

@@ -219,7 +219,7 @@ async def test_a_model_with_statistics_is_refused_by_name(tmp_path):
         ({"leaves": ("leaf-*",)}, "leaf"),
         ({"local_models": PlanTable(LocalModelPlan(width=0.5))}, "local_models"),
         ({"local_models": PlanTable(LocalModelPlan(personal_layers=("head.*",)))}, "local_models"),
-        ({"choosing": SelectionPolicy("oort")}, "oort"),
+        ({"choosing": SelectionPolicy("oort")}, "selection"),
         ({"plan": TrainingPlan(algorithm="fednova")}, "fednova"),
         ({"plan": TrainingPlan(algorithm="qfedavg:q=1")}, "qfedavg"),
         ({"privacy": PrivacyPolicy("gaussian", target_epsilon=1.0, cohort=4), "rounds": None}, "rounds"),
