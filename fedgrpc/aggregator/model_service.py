@@ -42,6 +42,7 @@ class ModelService(models_pb2_grpc.ModelsServicer):
         runs: Callable[[], Iterable[RunModels]],
         fleet: WorkerRegistry,
         sessions: Sessions,
+        clock: Callable[[], float],
         changes: Changes,
         poll_wait_s: float,
     ) -> None:
@@ -49,6 +50,7 @@ class ModelService(models_pb2_grpc.ModelsServicer):
         self._runs = runs
         self._fleet = fleet
         self._sessions = sessions
+        self._clock = clock
         self._changes = changes
         self._poll_wait_s = poll_wait_s
 
@@ -185,9 +187,9 @@ class ModelService(models_pb2_grpc.ModelsServicer):
         return any(run.coordinator.stopping for run in self._runs())
 
     def _check_device(self, worker: str, context: grpc.aio.ServicerContext) -> None:
-        """Raise unless the caller speaks for a worker that is registered."""
+        """Note a call of a device. Raise unless the caller speaks for a worker that is registered."""
         check_speaker(self._fleet, self._sessions, context, worker)
-        self._fleet.get(worker)
+        self._fleet.get(worker).heard(self._clock())
 
     def _wanted(self, worker: str) -> list[pb.ServedVersion]:
         """Return what the device is to serve of every run that has something for it."""

@@ -113,7 +113,8 @@ class Aggregator:
                 self.trust = trust = Trust(settings, self._identity_dir)
                 trust.on_put_out(runs.put_out)
                 models = ModelService(
-                    lambda: [run.models for run in runs], fleet, sessions, runs.changes, settings.poll_wait_s
+                    lambda: [run.models for run in runs],
+                    *(fleet, sessions, self._now, runs.changes, settings.poll_wait_s),
                 )
                 async with (
                     trust.opened() as local_address,

@@ -20,6 +20,13 @@ from fedgrpc.worker.settings import WorkerSettings
 from tests.support.hand_driven_device import MODEL, PATIENCE_S, HandDrivenDevice
 
 
+def shift_clock(aggregator, seconds):
+    """Let the aggregator's clock jump ahead."""
+    before = aggregator.clock
+    aggregator.clock = lambda: before() + seconds
+    aggregator.coordinator.wake.set()
+
+
 @dataclass
 class RunningAggregator:
     """A running aggregator and a way to look at it."""
@@ -90,9 +97,7 @@ class RunningAggregator:
         For deadlines and leases that are to run out: real ones, short enough to be waited for, would also run out
         on a machine that stands still for as long.
         """
-        before = self.aggregator.clock
-        self.aggregator.clock = lambda: before() + seconds
-        self.aggregator.coordinator.wake.set()
+        shift_clock(self.aggregator, seconds)
 
     async def until_finished(self):
         run, _ = await self.until(lambda run, _: run.phase == pb.RUN_PHASE_FINISHED)

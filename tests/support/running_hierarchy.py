@@ -11,11 +11,14 @@ from fedgrpc.v1 import aggregator_pb2_grpc
 from fedgrpc.worker.settings import WorkerSettings
 from tests.support.hand_driven_device import PATIENCE_S
 from tests.support.processes import running_process
-from tests.support.running_federation import RunningAggregator, channel_to, settings_for
+from tests.support.running_federation import RunningAggregator, channel_to, settings_for, shift_clock
 
 
 class RunningLeaf(RunningAggregator):
     """An aggregator below another, and a way to look at it."""
+
+    def pass_time(self, seconds):
+        shift_clock(self.aggregator._runs.present.aggregator, seconds)
 
     def stop(self):
         if not self.aggregator._stopping:
