@@ -11,6 +11,7 @@ from tests.support.hand_driven_device import PATIENCE_S
 from tests.support.processes import aggregator_process, free_address, worker_process
 
 
+@pytest.mark.faults
 async def test_a_pool_of_forked_processes_in_each_training_does_not_end_the_worker(tmp_path):
     async with (
         aggregator_process(tmp_path, "--min-workers", 1, "--rounds", 3) as (_, running),

@@ -138,6 +138,7 @@ class Endless:
         server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler("test.Endless", handlers),))
 
 
+@pytest.mark.faults
 @pytest.mark.parametrize("how", ["cancelled", "refused", "closed"])
 async def test_a_stream_that_its_reader_breaks_off_leaves_no_traceback(how, caplog):
     endless = Endless()
