@@ -21,10 +21,12 @@ from fedgrpc.privacy.streams import word_dtype
 from fedgrpc.protocol.secure import SecureTerms, names_from_proto
 from fedgrpc.rpc.retry import Backoff, Retries
 from fedgrpc.v1 import privacy_pb2
-from fedgrpc.worker.client import AggregatorClient, Told
+from fedgrpc.worker.client import AggregatorClient
 from fedgrpc.worker.secure_memory import SecureMemory
 
 _WAIT_S: Final = 10.0
+# The aggregator holds a call until it has what belongs to it. One that does not is asked no more often.
+_PAUSE_S: Final = 0.2
 _AFTER_LOST_CALL: Final = Backoff(first_s=0.2, cap_s=5.0)
 
 log = structlog.get_logger()
@@ -58,6 +60,7 @@ class SecurePart:
                 continue
             if told.ready:
                 break
+            await asyncio.sleep(_PAUSE_S)
         fixed = await asyncio.to_thread(task.with_roster, told.roster, told.parts)
         await asyncio.to_thread(self._memory.fix, self._token, fixed)
 
@@ -115,9 +118,8 @@ async def answer(memory: SecureMemory, client: AggregatorClient, question: priva
     known = await asyncio.to_thread(memory.of, token)
     asked = await asyncio.to_thread(known.with_question, arrived)
     await asyncio.to_thread(memory.fix, token, asked)
-    told = Told(False, frozenset(), {})
     proofs = await asyncio.to_thread(asked.confirmations)
-    while not told.ready:
-        told = await client.exchange(token, "proofs", proofs, _WAIT_S)
+    while not (told := await client.exchange(token, "proofs", proofs, _WAIT_S)).ready:  # noqa: ASYNC110 - a call waits
+        await asyncio.sleep(_PAUSE_S)
     answers = await asyncio.to_thread(asked.answer, told.parts)
     await client.exchange(token, "answers", answers, _WAIT_S)

@@ -1,5 +1,7 @@
 """A device's part in a secure sum, against an aggregator that asks for what no honest one does."""
 
+import asyncio
+
 import numpy as np
 import pytest
 
@@ -14,6 +16,7 @@ from fedgrpc.protocol.tasks import task_from_proto
 from fedgrpc.protocol.tensors import manifest_to_proto
 from fedgrpc.rounds.policy import TaskKind
 from fedgrpc.v1 import aggregator_pb2 as pb
+from fedgrpc.worker.client import Told
 from fedgrpc.worker.delivery import Delivery
 from fedgrpc.worker.local_work import TaskFiles
 from fedgrpc.worker.secure_memory import SecureMemory
@@ -99,3 +102,24 @@ async def test_an_unmasked_update_of_a_former_process_is_dropped_by_a_device_tha
 def test_absurd_numbers_of_colluding_neighbours_are_refused(tmp_path, count):
     with pytest.raises(UsageError, match="secure_colluding"):
         WorkerSettings(name="a", aggregator="127.0.0.1:1", state_dir=tmp_path, secure_colluding=count)
+
+
+class NeverReady:
+    """An aggregator that answers at once, and never with what belongs to the device."""
+
+    def __init__(self):
+        self.asked = 0
+
+    async def exchange(self, *_):
+        self.asked += 1
+        return Told(False, frozenset(), {})
+
+
+async def test_an_aggregator_that_is_never_ready_does_not_keep_the_device_busy(tmp_path):
+    client, memory = NeverReady(), SecureMemory(tmp_path / "secure")
+    circle = Circle(b"s", "a", OTHERS, {name: place for place, name in enumerate("abcd", start=1)}, 2)
+    vector = SecureVector({"w": (2, 3)}, {"w": 1.0}, 8, 0, 4)
+    part = SecurePart(memory, client, "t", SecureTerms(circle, memory.public_keys(), vector))
+    with pytest.raises(TimeoutError):
+        await asyncio.wait_for(part.share(), 1.0)
+    assert 1 <= client.asked <= 6
