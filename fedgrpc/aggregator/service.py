@@ -9,7 +9,6 @@ from itertools import islice
 
 import grpc.aio
 
-from fedgrpc import claims
 from fedgrpc.aggregator.coordinator import Coordinator
 from fedgrpc.aggregator.delta_bases import Held
 from fedgrpc.aggregator.negotiation import RAW, reduction_for
@@ -34,8 +33,7 @@ from fedgrpc.codec.chunk import Chunk, crc32
 from fedgrpc.codec.digest import DIGEST_BYTES
 from fedgrpc.errors import FedgrpcError, LayoutError, NotFound, WrongOffset
 from fedgrpc.protocol.descriptions import description_from_proto
-from fedgrpc.protocol.durations import duration_from_proto, duration_to_proto
-from fedgrpc.protocol.secure import keys_from_proto
+from fedgrpc.protocol.durations import duration_to_proto
 from fedgrpc.protocol.tensors import chunk_from_proto, chunk_to_proto
 from fedgrpc.rounds.events import TaskPhase
 from fedgrpc.rpc.admission import caller, quota_key
@@ -117,23 +115,6 @@ class AggregatorService(aggregator_pb2_grpc.AggregatorServicer):
         self._check_caller(context, request.worker)
         await self.calls.describe(request.worker, description_from_proto(request))
         return pb.DescribeModelResponse()
-
-    async def PollTask(
-        self, request: pb.PollTaskRequest, context: grpc.aio.ServicerContext
-    ) -> pb.PollTaskResponse:
-        self._check_caller(context, request.worker)
-        held = (request.held_version, checked_digest(request.held_digest)) if request.held_version else None
-        new = claims.EXAMPLES.clamped(request.new_examples) if request.HasField("new_examples") else None
-        keys = keys_from_proto(request.one_time_keys) if request.HasField("one_time_keys") else None
-        token = await self.calls.poll(request.worker, duration_from_proto(request.wait), held, new, keys)
-        if token is None:
-            return pb.PollTaskResponse(run_ended=self._run.ended)
-        if (question := self._coordinator.secure_sums.question(request.worker, token)) is not None:
-            return pb.PollTaskResponse(question=question)
-        task = self._terms.message(request.worker, token)
-        return pb.PollTaskResponse(
-            task=task, model=await self.model_along(request.worker, token, held, request.model_bytes)
-        )
 
     async def model_along(
         self, worker: str, token: str, held: Held | None, most_bytes: int
