@@ -15,7 +15,7 @@ from typing import Any, Final, cast
 from fedgrpc.codec.chunk import Chunk
 from fedgrpc.codec.manifest import Manifest
 from fedgrpc.codec.payload import PayloadReader, file_reader
-from fedgrpc.errors import CorruptError, LinkError, WrongOffset
+from fedgrpc.errors import CorruptError, LinkError, NotFound, WrongOffset
 from fedgrpc.protocol.durations import duration_to_proto
 from fedgrpc.protocol.tensors import manifest_from_proto
 from fedgrpc.rpc import framing
@@ -92,10 +92,12 @@ class ModelClient:
         return list((await self._call("ListReleases", pb.ListReleasesRequest(run=run))).releases)
 
     async def release(self, run: str, number: int) -> pb.Release:
-        """Return a release with its reports; 0: the newest."""
+        """Return a release with its reports; 0: the newest. Raises `NotFound` where nothing was released yet."""
         if not number:
             newest = await self.releases(run)
-            number = newest[0].number if newest else 1
+            if not newest:
+                raise NotFound(f"run {run} has no release yet; `fedgrpc release start` makes one")
+            number = newest[0].number
         request = pb.ListReleasesRequest(run=run, number=number)
         return cast(pb.Release, (await self._call("ListReleases", request)).releases[0])
 

@@ -6,7 +6,7 @@ the whole fleet, registrations, polls and the list of workers, is answered here.
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Iterable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from typing import Any, Final
 
 from grpc.aio import ServicerContext as Context
@@ -47,8 +47,11 @@ Told = pb.PollTaskRequest | pb.HeldOfRun
 class HostService(aggregator_pb2_grpc.AggregatorServicer):
     """Each method is one RPC of aggregator.proto, which says what it does and how it fails."""
 
-    def __init__(self, runs: RunDirectory, settings: AggregatorSettings) -> None:
+    def __init__(
+        self, runs: RunDirectory, settings: AggregatorSettings, is_revoked: Callable[[str], bool]
+    ) -> None:
         self._runs = runs
+        self._is_revoked = is_revoked
         self._settings = settings
         self._fleet = runs.common.fleet
         self._sessions = runs.common.sessions
@@ -295,11 +298,14 @@ class HostService(aggregator_pb2_grpc.AggregatorServicer):
             run = next(iter(self._runs))
         response = await run.service.ListWorkers(request, context)
         for record in response.workers:
-            self._add_runs(record)
+            self._add_fleet(record)
         return response
 
-    def _add_runs(self, record: pb.WorkerRecord) -> None:
-        """Add to a worker's record which runs it serves."""
+    def _add_fleet(self, record: pb.WorkerRecord) -> None:
+        """Add to a worker's record what is of the whole fleet: which runs it serves, and whether it may call."""
+        if self._is_revoked(record.worker):
+            record.state = pb.WORKER_STATE_REVOKED
+            return
         worker = self._fleet.find(record.worker)
         if worker is None:
             return

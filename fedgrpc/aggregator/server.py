@@ -109,9 +109,9 @@ class Aggregator:
             )
             try:
                 await runs.open()
-                service = HostService(runs, settings)
                 self.trust = trust = Trust(settings, self._identity_dir)
                 trust.on_put_out(runs.put_out)
+                service = HostService(runs, settings, trust.identities.has_revoked)
                 models = ModelService(
                     lambda: [run.models for run in runs],
                     *(fleet, sessions, self._now, runs.changes, settings.poll_wait_s),

@@ -130,6 +130,11 @@ class Identities:
             raise NotFound(f"there is no member {name[:80]!r}; `fedgrpc device list` shows the names")
         return self._members[name]
 
+    def has_revoked(self, name: str) -> bool:
+        """Return whether `name` is of a member that was revoked."""
+        member = self._members.get(name)
+        return member is not None and member.state is MemberState.REVOKED
+
     # Joining.
 
     def create_token(

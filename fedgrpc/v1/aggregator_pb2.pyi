@@ -29,6 +29,7 @@ class WorkerState(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     WORKER_STATE_IDLE: _ClassVar[WorkerState]
     WORKER_STATE_BUSY: _ClassVar[WorkerState]
     WORKER_STATE_AWAY: _ClassVar[WorkerState]
+    WORKER_STATE_REVOKED: _ClassVar[WorkerState]
 RUN_PHASE_UNSPECIFIED: RunPhase
 RUN_PHASE_RUNNING: RunPhase
 RUN_PHASE_PAUSED: RunPhase
@@ -38,6 +39,7 @@ WORKER_STATE_UNSPECIFIED: WorkerState
 WORKER_STATE_IDLE: WorkerState
 WORKER_STATE_BUSY: WorkerState
 WORKER_STATE_AWAY: WorkerState
+WORKER_STATE_REVOKED: WorkerState
 
 class GetPrivacyRequest(_message.Message):
     __slots__ = ("run",)

@@ -21,7 +21,7 @@ _MAX_PAGE: Final = 1_000_000
 # A waiting poll counts as being seen; without one, silence of this length is shown.
 _SILENT_S: Final = 5.0
 _ACCEPTED: Final = "accepted"
-STATES: Final = ("busy", "idle", "silent", "away")
+STATES: Final = ("busy", "idle", "silent", "away", "revoked")
 ROLES: Final[Mapping[int, str]] = {
     WorkerRole.WORKER_ROLE_EVALUATOR: "evaluator",
     WorkerRole.WORKER_ROLE_AGGREGATOR: "leaf",
@@ -117,7 +117,9 @@ def seen_ago_s(worker: WorkerRecord) -> float:
 
 
 def state_of(worker: WorkerRecord) -> str:
-    """Return `busy`, `idle`, `silent` (it should poll, and does not) or `away`."""
+    """Return `busy`, `idle`, `silent` (it should poll, and does not), `away` or `revoked`."""
+    if worker.state == WorkerState.WORKER_STATE_REVOKED:
+        return "revoked"
     if worker.state == WorkerState.WORKER_STATE_BUSY:
         return "busy"
     if worker.state == WorkerState.WORKER_STATE_IDLE:

@@ -78,17 +78,19 @@ async def test_versions_are_listed_got_tagged_and_compared_while_the_aggregator_
 
 async def test_a_release_names_its_group_command_by_itself(ended_run, capsys):
     where = ("--aggregator", ended_run.address)
-    started, aborted, empty = await commands(
+    started, aborted, empty, unknown = await commands(
         capsys,
         ("release", "default@best", "--canary", "nobody", "--after", "1s", *where),
         ("release", "abort", *where),
         ("release", "list", *where),
+        ("release", "show", "default", *where),
     )
     assert started[0] == 2
     assert "'nobody' is no device" in started[2]
     assert "it has pi-1" in started[2]
     assert (aborted[0], "no release is in progress" in aborted[2]) == (1, True)
     assert "nothing was released" in empty[1]
+    assert (unknown[0], "run default has no release yet" in unknown[2]) == (1, True)
 
 
 def test_where_no_aggregator_runs_the_data_folder_is_read(tmp_path, capsys):

@@ -125,6 +125,20 @@ async def test_a_worker_that_is_revoked_ends_with_the_reason(tmp_path):
             await asyncio.wait_for(worker, PATIENCE_S)
 
 
+async def test_a_list_of_workers_shows_who_was_revoked(tmp_path):
+    async with running_aggregator(tmp_path, **OUTSIDE) as running:
+        for name in ("pi-7", "pi-8"):
+            tls = await joined(running, tmp_path / name, "identity", names=name)
+            async with connected(running, tls) as channel:
+                await device_of(channel, name).register()
+        await revoke(running, "pi-7")
+        workers = (await running.stub.ListWorkers(pb.ListWorkersRequest())).workers
+        assert {each.worker: each.state for each in workers} == {
+            "pi-7": pb.WORKER_STATE_REVOKED,
+            "pi-8": pb.WORKER_STATE_IDLE,
+        }
+
+
 async def test_calls_of_a_certificate_past_its_life_end_too(tmp_path):
     async with running_aggregator(tmp_path, **OUTSIDE) as running:
         tls = await joined(running, tmp_path, "pi-7")
