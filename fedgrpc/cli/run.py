@@ -100,10 +100,15 @@ def row_of(run: RunSummary) -> tuple[str, ...]:
 
 
 async def _show(client: Calls, values: dict[str, Any]) -> None:
+    # The aggregator's settings take a while to import, and only this command shows them.
+    from fedgrpc.cli.aggregator_settings import SETTINGS
+
     run = await client.of(values["run_name"]).run()
+    keys = {setting.name: setting.key for setting in SETTINGS}
+    shown = {keys.get(name.rpartition(".")[2], name): text for name, text in run.settings.items()}
     click.echo(run_line(run))
-    for name, text in sorted(run.settings.items()):
-        click.echo(f"{name:<28} {text}")
+    for key, text in sorted(shown.items()):
+        click.echo(f"{key:<28} {text}")
 
 
 async def _set(client: Calls, values: dict[str, Any]) -> None:

@@ -76,20 +76,22 @@ async def test_versions_are_listed_got_tagged_and_compared_while_the_aggregator_
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".got")]
 
 
-async def test_a_release_names_its_group_command_by_itself(ended_run, capsys):
+async def test_commands_of_releases_and_runs_take_a_run_and_say_what_is_not_there(ended_run, capsys):
     where = ("--aggregator", ended_run.address)
-    started, aborted, empty, unknown = await commands(
+    started, aborted, empty, unknown, settings = await commands(
         capsys,
         ("release", "default@best", "--canary", "nobody", "--after", "1s", *where),
         ("release", "abort", *where),
         ("release", "list", *where),
         ("release", "show", "default", *where),
+        ("run", "show", "default", *where),
     )
     assert started[0] == 2
     assert "'nobody' is no device" in started[2]
     assert "it has pi-1" in started[2]
     assert (aborted[0], "no release is in progress" in aborted[2]) == (1, True)
     assert "nothing was released" in empty[1]
+    assert {"deadline", "lease", "upload_encoding"} <= {line.split()[0] for line in settings[1].splitlines()}
     assert (unknown[0], "run default has no release yet" in unknown[2]) == (1, True)
 
 
