@@ -58,10 +58,6 @@ class Measure:
     name: str
     higher: bool
 
-    def better(self, value: float, other: float) -> bool:
-        """Return whether `value` is better than `other`."""
-        return value > other if self.higher else value < other
-
 
 ACCURACY, LOSS = Measure("accuracy", True), Measure("loss", False)
 
