@@ -155,12 +155,13 @@ class Coordinator(RunShell):
             # The mean of a leaf travels as one update.
             None if self.machine.makes_versions else claims.WEIGHT.most,
             asked.plan,
-            asked.clip_norm,
+            self.machine.clip_norm or asked.clip_norm,
             settings.staleness_exponent,
             # A bound on norms is none on buffers, which are values and no differences.
             bool(asked.clip_norm or settings.clip_quantile or settings.max_update_norm),
             asked.noise_weights,
-            settings.clip_quantile,
+            # With privacy it is of the ledger, which has the clip norm that follows.
+            None if settings.privacy.on else settings.clip_quantile,
             settings.privacy.cohort,
         )
 

@@ -61,7 +61,13 @@ class PrivateReleases:
         last_steps = await shell.in_database(shell.store.last_steps)
         planned = None if settings.rounds is None else max(0, settings.rounds - await self._trained())
         ledger = ledger_of(
-            settings.privacy, settings.clip_norm, settings.policy.poisson_rate, planned, releases, last_steps
+            settings.privacy,
+            settings.clip_norm,
+            settings.policy.poisson_rate,
+            planned,
+            releases,
+            last_steps,
+            settings.clip_quantile,
         )
         path = settings.data_dir / KEY_FILE
         self._key = await asyncio.to_thread(noise_key, path, bool(releases))
@@ -92,13 +98,14 @@ class PrivateReleases:
         if unbounded := complaint(shell.machine.layout):
             raise UpdateRefused(unbounded)
         release = ledger.release_of(round_.number, round_.base_version + 1, list(merge.weights))
+        noise, deviation = RoundNoise(self._key, release.step, release.rules.tree), release.rules.deviation
         if release.step == ledger.next_step:
+            release = release.adapted(sum(not round_.report(token).clipped for token in merge.weights), noise)
 
             async def store(after: RunMachine) -> None:
                 await shell.in_database(shell.store.save_release, release)
 
             await shell.apply_after(ReleaseEntered(release), store)
-        noise, deviation = RoundNoise(self._key, release.step, release.rules.tree), release.rules.deviation
 
         def draw(name: str, start: int, count: int) -> np.ndarray:
             return deviation * noise.normals(name, count, start)

@@ -257,7 +257,12 @@ class AggregatorSettings:
         plans = self.local_models.plans
         refused = {
             "privacy needs clip_norm, the most that one update may weigh": self.clip_norm is None,
-            "clip_quantile goes without privacy: it tells of all norms": self.clip_quantile is not None,
+            "clip_quantile goes without privacy = 'dp-ftrl': the noise of a tree is for one clip norm": (
+                privacy.mechanism == "dp-ftrl" and self.clip_quantile is not None
+            ),
+            "clip_quantile is below 1 with privacy: else the clip norm would grow without end": (
+                self.clip_quantile == 1
+            ),
             "aggregation goes without privacy: only a sum changes by no more than one update": (
                 aggregation_of(self.aggregation) is not None
             ),

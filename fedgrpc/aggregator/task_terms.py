@@ -99,7 +99,7 @@ class TaskTerms:
         self.instructions = TrainingInstructions.from_settings(settings)
         self._run_name = settings.run_name
         self._privacy = settings.privacy
-        self._clip_norm = settings.clip_norm if settings.privacy.on or settings.secure.on else None
+        self._secure_clip_norm = settings.clip_norm if settings.secure.on else None
         self._run = run
         self._fleet = fleet
         self._workers = workers
@@ -143,7 +143,7 @@ class TaskTerms:
             evaluate=instructions.evaluate,
             local_model=context.local.plan,
             sub_model=context.local.sub_model,
-            clip_norm=self._clip_norm,
+            clip_norm=self._run.clip_norm or self._secure_clip_norm,
             metrics=self._privacy.metrics,
         )
         if evaluation is None:

@@ -233,7 +233,11 @@ SETTINGS: list[Setting] = [
         "centered-clip, nnm+ before another, or a class as package.module:Class (docs/guide/robust.md).",
         metavar="RULE",
     ),
-    _mean("--clip-quantile", "Scale updates down to this quantile of the round's L2 norms, as in 0.5."),
+    _mean(
+        "--clip-quantile",
+        "Scale updates down to this quantile of the round's L2 norms, as in 0.5; with --privacy to one that is "
+        "estimated over rounds, from --clip-norm on.",
+    ),
     _mean("--clip-norm", "Scale updates down to this L2 norm (of the difference to their base version)."),
     _mean("--max-examples", "Most examples that an update counts for, whatever it claims."),
     _policy(

@@ -86,7 +86,9 @@ def stored(folder: Path) -> Loss:
         int(settings["privacy.min_separation"]),
     )
     clip_norm, rate_used = float(settings["clip_norm"]), None if rate is None else float(rate)
-    return Loss(ledger_of(policy, clip_norm, rate_used, planned, releases), planned)
+    quantile = settings.get("clip_quantile")
+    quantile_used = None if quantile is None else float(quantile)
+    return Loss(ledger_of(policy, clip_norm, rate_used, planned, releases, clip_quantile=quantile_used), planned)
 
 
 def _plain(loss: Loss) -> dict[str, Any]:
@@ -120,22 +122,34 @@ def _print(loss: Loss) -> None:
     click.echo(
         f"epsilon {now:.4g}{target} at delta {ledger.delta:g}, after {done} of {done + loss.planned} versions"
     )
+    adapts = (
+        "" if rules.clip_quantile is None else f", that of the quantile {rules.clip_quantile:g} and still to move,"
+    )
     chosen = "" if rules.rate is None else f", each device sampled with chance {rules.rate:g}"
     apart = "" if rules.min_separation == 1 else f", a device at most once in {rules.min_separation} versions"
     click.echo(
-        f"{rules.mechanism}: noise {rules.noise_multiplier:.4g} times clip norm {rules.clip_norm:g} "
+        f"{rules.mechanism}: noise {rules.noise_multiplier:.4g} times clip norm {rules.clip_norm:.4g}{adapts} "
         f"over {rules.cohort} devices{chosen}{apart}"
     )
     rows = [
-        [str(each.step), str(each.round), str(each.version), str(each.count), f"{epsilon:.4g}"]
+        [
+            *map(str, (each.step, each.round, each.version, each.count)),
+            f"{each.rules.clip_norm:.4g}",
+            f"{epsilon:.4g}",
+        ]
         for each, epsilon in zip(ledger.releases, epsilons[:done], strict=True)
     ]
     planned = [
-        [str(step), "", "", "planned", f"{epsilons[step - 1]:.4g}"] for step in range(done + 1, len(epsilons) + 1)
+        [str(step), "", "", "planned", "", f"{epsilons[step - 1]:.4g}"]
+        for step in range(done + 1, len(epsilons) + 1)
     ]
     if len(planned) > _NEXT + 1:
-        planned = [*planned[:_NEXT], ["...", "", "", "", ""], planned[-1]]
-    print_rows(("RELEASE", "ROUND", "VERSION", "UPDATES", "EPSILON"), rows[-_SHOWN:] + planned, "no version yet")
+        planned = [*planned[:_NEXT], ["...", "", "", "", "", ""], planned[-1]]
+    print_rows(
+        ("RELEASE", "ROUND", "VERSION", "UPDATES", "CLIP NORM", "EPSILON"),
+        rows[-_SHOWN:] + planned,
+        "no version yet",
+    )
 
 
 COMMAND = SettingsCommand(

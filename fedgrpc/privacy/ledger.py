@@ -26,6 +26,8 @@ from fedgrpc.privacy.accounting import (
     TreeGaussian,
     least_multiplier,
 )
+from fedgrpc.privacy.adaptive_clip import count_deviation, next_clip_norm, update_multiplier
+from fedgrpc.privacy.noise import RoundNoise
 from fedgrpc.privacy.policy import PrivacyPolicy
 
 
@@ -34,7 +36,8 @@ class ReleaseRules:
     """Rules of every release of a run.
 
     The noise of a coordinate has the standard deviation `deviation`, in units of the model. `rate`: each device is
-    sampled with that chance; None: nothing is assumed of the choice.
+    sampled with that chance; None: nothing is assumed of the choice. `clip_quantile`: a noisy count is released
+    besides, by which the clip norm follows this quantile; both together have the noise of `noise_multiplier`.
     """
 
     mechanism: Literal["gaussian", "dp-ftrl"]
@@ -43,11 +46,15 @@ class ReleaseRules:
     cohort: int
     min_separation: int = 1
     rate: float | None = None
+    clip_quantile: float | None = None
 
     @property
     def deviation(self) -> float:
         """The standard deviation of a mean's noise: z C / N."""
-        return self.noise_multiplier * self.clip_norm / self.cohort
+        multiplier = self.noise_multiplier
+        if self.clip_quantile is not None:
+            multiplier = update_multiplier(multiplier, self.cohort)
+        return multiplier * self.clip_norm / self.cohort
 
     @property
     def tree(self) -> bool:
@@ -57,7 +64,10 @@ class ReleaseRules:
 
 @dataclass(frozen=True)
 class Release:
-    """One entry: `step` counts releases from 1. `count` updates are in the sum, whose tokens `updates` digests."""
+    """One entry: `step` counts releases from 1. `count` updates are in the sum, whose tokens `updates` digests.
+
+    `next_clip_norm`: that of the rounds after this one.
+    """
 
     step: int
     round: int
@@ -65,6 +75,16 @@ class Release:
     count: int
     updates: bytes
     rules: ReleaseRules
+    next_clip_norm: float
+
+    def adapted(self, fits: int, noise: RoundNoise) -> Release:
+        """Return the release with the clip norm that follows from it: `fits` of its updates were not clipped."""
+        rules = self.rules
+        if rules.clip_quantile is None:
+            return self
+        added = count_deviation(rules.noise_multiplier, rules.cohort) * noise.of_count()
+        norm = next_clip_norm(rules.clip_norm, rules.clip_quantile, fits, self.count, added, rules.cohort)
+        return replace(self, next_clip_norm=norm)
 
 
 def digest_of(tokens: Iterable[str]) -> bytes:
@@ -103,13 +123,22 @@ class Ledger:
                 return known
         if not self.affordable:
             raise UpdateRefused(f"one more release would cost more than an epsilon of {self.target_epsilon:g}")
-        return Release(self.next_step, round_number, version, len(tokens), updates, self.rules)
+        rules = self.rules_of(round_number)
+        return Release(self.next_step, round_number, version, len(tokens), updates, rules, rules.clip_norm)
+
+    def rules_of(self, round_number: int) -> ReleaseRules:
+        """Return the rules of the next release, if it is of this round: of the last entry's, or of a later one."""
+        # Its devices have clipped their updates by what they were given, whatever a first entry has made of it.
+        if self.releases and self.releases[-1].round == round_number:
+            return replace(self.rules, clip_norm=self.releases[-1].rules.clip_norm)
+        return self.rules
 
     def entered(self, release: Release) -> Ledger:
         """Return the ledger with one more release."""
         if release.step != self.next_step:
             raise ValueError(f"release {release.step} cannot follow {len(self.releases)} others")
-        return replace(self, releases=(*self.releases, release))
+        rules = replace(self.rules, clip_norm=release.next_clip_norm)
+        return replace(self, rules=rules, releases=(*self.releases, release))
 
     def chosen(self, workers: Iterable[str]) -> Ledger:
         """Return the ledger after these devices were chosen for the next release."""
@@ -193,14 +222,20 @@ def ledger_of(
     planned: int | None,
     releases: Sequence[Release] = (),
     last_steps: Mapping[str, int] = MappingProxyType({}),
+    clip_quantile: float | None = None,
 ) -> Ledger:
     """Return the ledger of a run with `planned` more releases after `releases` (None: nobody knows how many).
 
-    Raises `UsageError` where the rules of former releases forbid those of today, or no noise is enough.
+    With `clip_quantile`, `clip_norm` is that of the first release. Raises `UsageError` where the rules of former
+    releases forbid those of today, or no noise is enough.
     """
     assert policy.mechanism is not None
     assert policy.cohort is not None
-    rules = ReleaseRules(policy.mechanism, 1.0, clip_norm, policy.cohort, policy.min_separation, rate)
+    if clip_quantile is not None and releases:
+        clip_norm = releases[-1].next_clip_norm
+    rules = ReleaseRules(
+        policy.mechanism, 1.0, clip_norm, policy.cohort, policy.min_separation, rate, clip_quantile
+    )
     multiplier = policy.noise_multiplier
     if multiplier is None:
         multiplier = _computed(policy, rules, planned, releases)

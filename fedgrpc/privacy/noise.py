@@ -55,6 +55,10 @@ class RoundNoise:
             total -= self._stream("node", node, level, tensor, start).normals(count)
         return total
 
+    def of_count(self) -> float:
+        """Return the noise of this round's count of updates, of the standard normal distribution."""
+        return float(self._stream("count", self.step, 0, "", 0).normals(1)[0])
+
     def _stream(self, kind: str, number: int, level: int, tensor: str, start: int) -> RandomStream:
         label = f"fedgrpc noise 1 {kind} {number} {level} {tensor}"
         # A number of the normal distribution is made of 8 bytes of the stream.

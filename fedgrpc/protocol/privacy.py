@@ -21,13 +21,15 @@ def release_to_proto(release: Release) -> privacy_pb2.PrivateRelease:
         count=release.count,
         updates=release.updates,
         rules=rules_to_proto(release.rules),
+        next_clip_norm=release.next_clip_norm,
     )
 
 
 def release_from_proto(message: privacy_pb2.PrivateRelease) -> Release:
     """Return a release. Raises `LayoutError` for a mechanism that is not known."""
     rules = rules_from_proto(message.rules)
-    return Release(message.step, message.round, message.version, message.count, message.updates, rules)
+    about = message.step, message.round, message.version, message.count, message.updates
+    return Release(*about, rules, message.next_clip_norm)
 
 
 def rules_to_proto(rules: ReleaseRules) -> privacy_pb2.ReleaseRules:
@@ -39,6 +41,7 @@ def rules_to_proto(rules: ReleaseRules) -> privacy_pb2.ReleaseRules:
         cohort=rules.cohort,
         min_separation=rules.min_separation,
         rate=rules.rate,
+        clip_quantile=rules.clip_quantile,
     )
 
 
@@ -53,6 +56,7 @@ def rules_from_proto(message: privacy_pb2.ReleaseRules) -> ReleaseRules:
                 message.cohort,
                 message.min_separation,
                 message.rate if message.HasField("rate") else None,
+                message.clip_quantile if message.HasField("clip_quantile") else None,
             )
     raise LayoutError(f"unknown privacy mechanism {message.mechanism}")
 

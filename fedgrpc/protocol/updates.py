@@ -42,6 +42,7 @@ def report_to_proto(
         scores_of_sub_models=report.scores_of_sub_models,
         scores_not_finite=sorted(report.scores_not_finite),
         noise_ratio=report.noise_ratio,
+        clipped=report.clipped,
     )
 
 
@@ -84,4 +85,5 @@ def report_from_proto(header: UpdateHeader, policy: AdmissionPolicy) -> Report:
         header.scores_of_sub_models,
         frozenset(metrics_from_proto(dict.fromkeys(header.scores_not_finite, 0.0))),
         0.0 if header.merged_updates else claims.NOISE_RATIO.clamped(header.noise_ratio),
+        header.clipped,
     )

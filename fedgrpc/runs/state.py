@@ -146,6 +146,13 @@ class RunState:
             return frozenset()
         return frozenset(worker for worker, count in self.new_examples.items() if count < least)
 
+    @property
+    def clip_norm(self) -> float | None:
+        """The longest that an update of the round in progress counts; None: versions are released as they are."""
+        if self.ledger is None:
+            return None
+        return self.ledger.rules_of(-1 if self.round is None else self.round.number).clip_norm
+
     def _resting(self) -> frozenset[str]:
         """Workers that took part in one of the last noisy versions, and so may not in the next."""
         if self.ledger is None or self.round is None or self.round.kind is not TaskKind.TRAIN:

@@ -51,7 +51,8 @@ class Report:
 
     `merged_updates`: of how many updates this is the mean, with the summed `weight`, and what the steps of one
     amount to in the mean (`accumulated_steps`, 0: not reported); 0: it is a worker's own. `unchanged`: the worker
-    says that training left the model as it was. `noise_ratio` is that of `fedgrpc.aggregation.noise`.
+    says that training left the model as it was. `noise_ratio` is that of `fedgrpc.aggregation.noise`. `clipped`:
+    the difference was longer than the clip norm.
     """
 
     example_count: int
@@ -70,6 +71,7 @@ class Report:
     scores_of_sub_models: bool = False
     scores_not_finite: frozenset[str] = frozenset()
     noise_ratio: float = 0.0
+    clipped: bool = False
 
     def uploaded_in(self, seconds: float) -> Report:
         """Return this report with T_upload as the aggregator saw it: from the first byte to the last."""

@@ -360,7 +360,7 @@ class PushUpdateRequest(_message.Message):
     def __init__(self, header: _Optional[_Union[UpdateHeader, _Mapping]] = ..., chunk: _Optional[_Union[_tensor_pb2.Chunk, _Mapping]] = ..., whole: _Optional[_Union[_tensor_pb2.Chunk, _Mapping]] = ...) -> None: ...
 
 class UpdateHeader(_message.Message):
-    __slots__ = ("worker", "token", "manifest", "example_count", "steps", "metrics", "evaluation_metrics", "evaluation_example_count", "timings", "peak_memory_bytes", "channels", "merged_updates", "weight", "tensor_bytes", "accumulated_steps", "unchanged", "scores_of_sub_models", "scores_not_finite", "noise_ratio")
+    __slots__ = ("worker", "token", "manifest", "example_count", "steps", "metrics", "evaluation_metrics", "evaluation_example_count", "timings", "peak_memory_bytes", "channels", "merged_updates", "weight", "tensor_bytes", "accumulated_steps", "unchanged", "scores_of_sub_models", "scores_not_finite", "noise_ratio", "clipped")
     class MetricsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -394,6 +394,7 @@ class UpdateHeader(_message.Message):
     SCORES_OF_SUB_MODELS_FIELD_NUMBER: _ClassVar[int]
     SCORES_NOT_FINITE_FIELD_NUMBER: _ClassVar[int]
     NOISE_RATIO_FIELD_NUMBER: _ClassVar[int]
+    CLIPPED_FIELD_NUMBER: _ClassVar[int]
     worker: str
     token: str
     manifest: _tensor_pb2.Manifest
@@ -413,7 +414,8 @@ class UpdateHeader(_message.Message):
     scores_of_sub_models: bool
     scores_not_finite: _containers.RepeatedScalarFieldContainer[str]
     noise_ratio: float
-    def __init__(self, worker: _Optional[str] = ..., token: _Optional[str] = ..., manifest: _Optional[_Union[_tensor_pb2.Manifest, _Mapping]] = ..., example_count: _Optional[int] = ..., steps: _Optional[int] = ..., metrics: _Optional[_Mapping[str, float]] = ..., evaluation_metrics: _Optional[_Mapping[str, float]] = ..., evaluation_example_count: _Optional[int] = ..., timings: _Optional[_Union[_device_pb2.Timings, _Mapping]] = ..., peak_memory_bytes: _Optional[int] = ..., channels: _Optional[_Union[_tensor_pb2.ChannelMap, _Mapping]] = ..., merged_updates: _Optional[int] = ..., weight: _Optional[float] = ..., tensor_bytes: _Optional[int] = ..., accumulated_steps: _Optional[float] = ..., unchanged: _Optional[bool] = ..., scores_of_sub_models: _Optional[bool] = ..., scores_not_finite: _Optional[_Iterable[str]] = ..., noise_ratio: _Optional[float] = ...) -> None: ...
+    clipped: bool
+    def __init__(self, worker: _Optional[str] = ..., token: _Optional[str] = ..., manifest: _Optional[_Union[_tensor_pb2.Manifest, _Mapping]] = ..., example_count: _Optional[int] = ..., steps: _Optional[int] = ..., metrics: _Optional[_Mapping[str, float]] = ..., evaluation_metrics: _Optional[_Mapping[str, float]] = ..., evaluation_example_count: _Optional[int] = ..., timings: _Optional[_Union[_device_pb2.Timings, _Mapping]] = ..., peak_memory_bytes: _Optional[int] = ..., channels: _Optional[_Union[_tensor_pb2.ChannelMap, _Mapping]] = ..., merged_updates: _Optional[int] = ..., weight: _Optional[float] = ..., tensor_bytes: _Optional[int] = ..., accumulated_steps: _Optional[float] = ..., unchanged: _Optional[bool] = ..., scores_of_sub_models: _Optional[bool] = ..., scores_not_finite: _Optional[_Iterable[str]] = ..., noise_ratio: _Optional[float] = ..., clipped: _Optional[bool] = ...) -> None: ...
 
 class PushUpdateResponse(_message.Message):
     __slots__ = ("committed_size_bytes", "complete")

@@ -17,36 +17,40 @@ PRIVACY_MECHANISM_GAUSSIAN: PrivacyMechanism
 PRIVACY_MECHANISM_DP_FTRL: PrivacyMechanism
 
 class ReleaseRules(_message.Message):
-    __slots__ = ("mechanism", "noise_multiplier", "clip_norm", "cohort", "min_separation", "rate")
+    __slots__ = ("mechanism", "noise_multiplier", "clip_norm", "cohort", "min_separation", "rate", "clip_quantile")
     MECHANISM_FIELD_NUMBER: _ClassVar[int]
     NOISE_MULTIPLIER_FIELD_NUMBER: _ClassVar[int]
     CLIP_NORM_FIELD_NUMBER: _ClassVar[int]
     COHORT_FIELD_NUMBER: _ClassVar[int]
     MIN_SEPARATION_FIELD_NUMBER: _ClassVar[int]
     RATE_FIELD_NUMBER: _ClassVar[int]
+    CLIP_QUANTILE_FIELD_NUMBER: _ClassVar[int]
     mechanism: PrivacyMechanism
     noise_multiplier: float
     clip_norm: float
     cohort: int
     min_separation: int
     rate: float
-    def __init__(self, mechanism: _Optional[_Union[PrivacyMechanism, str]] = ..., noise_multiplier: _Optional[float] = ..., clip_norm: _Optional[float] = ..., cohort: _Optional[int] = ..., min_separation: _Optional[int] = ..., rate: _Optional[float] = ...) -> None: ...
+    clip_quantile: float
+    def __init__(self, mechanism: _Optional[_Union[PrivacyMechanism, str]] = ..., noise_multiplier: _Optional[float] = ..., clip_norm: _Optional[float] = ..., cohort: _Optional[int] = ..., min_separation: _Optional[int] = ..., rate: _Optional[float] = ..., clip_quantile: _Optional[float] = ...) -> None: ...
 
 class PrivateRelease(_message.Message):
-    __slots__ = ("step", "round", "version", "count", "updates", "rules")
+    __slots__ = ("step", "round", "version", "count", "updates", "rules", "next_clip_norm")
     STEP_FIELD_NUMBER: _ClassVar[int]
     ROUND_FIELD_NUMBER: _ClassVar[int]
     VERSION_FIELD_NUMBER: _ClassVar[int]
     COUNT_FIELD_NUMBER: _ClassVar[int]
     UPDATES_FIELD_NUMBER: _ClassVar[int]
     RULES_FIELD_NUMBER: _ClassVar[int]
+    NEXT_CLIP_NORM_FIELD_NUMBER: _ClassVar[int]
     step: int
     round: int
     version: int
     count: int
     updates: bytes
     rules: ReleaseRules
-    def __init__(self, step: _Optional[int] = ..., round: _Optional[int] = ..., version: _Optional[int] = ..., count: _Optional[int] = ..., updates: _Optional[bytes] = ..., rules: _Optional[_Union[ReleaseRules, _Mapping]] = ...) -> None: ...
+    next_clip_norm: float
+    def __init__(self, step: _Optional[int] = ..., round: _Optional[int] = ..., version: _Optional[int] = ..., count: _Optional[int] = ..., updates: _Optional[bytes] = ..., rules: _Optional[_Union[ReleaseRules, _Mapping]] = ..., next_clip_norm: _Optional[float] = ...) -> None: ...
 
 class PrivacyLedger(_message.Message):
     __slots__ = ("rules", "delta", "target_epsilon", "planned", "releases")

@@ -136,20 +136,21 @@ class Scaled(InParts):
     """Differences times `factor`, computed on access; what is no difference stays as it is."""
 
     def __init__(self, delta: Mapping[str, Array], layout: Layout, factor: float) -> None:
+        self.layout = layout
+        self.factor = factor
         self._delta = delta
         self._trained = {spec.name for spec in layout if spec.is_trained}
-        self._factor = factor
 
     def __getitem__(self, name: str) -> Array:
         values = self._delta[name]
-        return np.asarray(values * self._factor, values.dtype) if name in self._trained else values
+        return np.asarray(values * self.factor, values.dtype) if name in self._trained else values
 
     def part_of(self, name: str) -> Part | None:
         """See `InParts.part_of`."""
         part = part_of(self._delta, name)
         if name not in self._trained:
             return part
-        return lambda start, stop: np.asarray(part(start, stop) * self._factor, np.float32)
+        return lambda start, stop: np.asarray(part(start, stop) * self.factor, np.float32)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._delta)

@@ -104,7 +104,8 @@ def update_of(
     """
 
     def fill(payload: BinaryIO, keep: Keep) -> tuple[aggregator_pb2.UpdateHeader, Layout | None]:
-        manifest, left = _write(task, worker, given, layout, outcome, residual, payload, keep, masked)
+        delta = _delta_of(task, given, layout, outcome)
+        manifest, left = _write(task, worker, given, layout, outcome, delta, residual, payload, keep, masked)
         unchanged = task.kind is TaskKind.TRAIN and _left_as_it_was(outcome, given, layout)
         if unchanged:
             log.warning("training changed nothing", round=task.round, steps=outcome.steps)
@@ -113,6 +114,8 @@ def update_of(
         if masked is not None:
             # The weight is in the sum, and what would tell of it stays here.
             report = replace(report, example_count=1, steps=1, noise_ratio=0.0, unchanged=False)
+        elif isinstance(delta, Scaled):
+            report = replace(report, clipped=delta.factor < 1)
         return report_to_proto(report, task.token, worker, manifest, outcome.channels), left
 
     return fill
@@ -144,6 +147,7 @@ def _write(
     given: Weights,
     known: Layout,
     outcome: Outcome,
+    delta: Delta | Scaled | None,
     residual: Residual,
     payload: BinaryIO,
     keep: Keep,
@@ -153,19 +157,15 @@ def _write(
     draw = partial(np.random.default_rng, (task.seed, task.round, zlib.crc32(worker.encode())))
     if outcome.weights is None:
         return write_payload({}, recipe, payload, draw()), None
-    if task.kind is TaskKind.INITIALIZE:
+    if delta is None:
         return write_payload(outcome.weights, recipe, payload, draw(), outcome.layout), None
     start = given if outcome.start is None else outcome.start
-    delta = Delta(outcome.weights, start, known, given)
-    if delta.changed_constants:
-        log.warning("constants changed by training stay as they are", tensors=delta.changed_constants)
     recipe = recipe.for_layout(told_layout(start, known))
-    bounded = delta if task.clip_norm is None else clipped(delta, delta.layout, task.clip_norm)
     if masked is not None:
         # No error feedback: rounding is right in the mean, and the residual would tell of the update.
-        vector = masked(bounded, outcome.example_count, draw())
+        vector = masked(delta, outcome.example_count, draw())
         return write_payload({MASKED: vector}, Recipe.parse("raw"), payload, draw()), None
-    sent = PartialDelta(bounded, outcome.masks, outcome.clustered, task.is_kept_back)
+    sent = PartialDelta(delta, outcome.masks, outcome.clustered, task.is_kept_back)
     if outcome.masks or task.sub_model.moves:
         # No error feedback: the next update covers other coordinates, which this one's loss does not concern.
         return write_payload(sent, fitted(recipe, sent, known, task, draw), payload, draw(), known), None
@@ -174,6 +174,16 @@ def _write(
     layout = layout_of(sent, known) if outcome.clustered else kept
     recipe = fitted(recipe, Corrected(sent, residual, layout), known, task, draw)
     return write_with_feedback(sent, residual, recipe, payload, draw(), layout, keep)[0], layout
+
+
+def _delta_of(task: Task, given: Weights, known: Layout, outcome: Outcome) -> Delta | Scaled | None:
+    """Return what training has changed, clipped where the task asks for it; None for any other work."""
+    if outcome.weights is None or task.kind is TaskKind.INITIALIZE:
+        return None
+    delta = Delta(outcome.weights, given if outcome.start is None else outcome.start, known, given)
+    if delta.changed_constants:
+        log.warning("constants changed by training stay as they are", tensors=delta.changed_constants)
+    return delta if task.clip_norm is None else clipped(delta, delta.layout, task.clip_norm)
 
 
 def clipped(delta: Mapping[str, Array], layout: Layout, bound: float) -> Scaled:

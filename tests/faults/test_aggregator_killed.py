@@ -29,6 +29,7 @@ pytestmark = pytest.mark.faults
 
 ROUNDS = 3
 NOISE = ("--privacy", "gaussian", "--noise-multiplier", "0.5", "--privacy-cohort", "3", "--clip-norm", "10")
+ADAPTIVE = (*NOISE, "--clip-quantile", "0.5")
 # One start is killed after another, on one run: for `make test`.
 CHAIN = ["register-stored-not-answered", "mid-push", "recovering", "renamed-not-counted", "within-the-transaction"]
 TRAINERS = ("a", "b", "c")
@@ -172,12 +173,14 @@ async def test_an_aggregator_killed_at_this_point_goes_on_as_if_it_had_not_been(
     recovery_of(f"aggregator killed: {point}", played.recovery.took_s[-1])
 
 
+@pytest.mark.parametrize("noise", [NOISE, ADAPTIVE], ids=["fixed", "adaptive"])
 @pytest.mark.parametrize("point", PRIVATE)
 async def test_an_aggregator_killed_around_a_release_draws_the_same_noise_and_enters_it_once(
-    tmp_path, tmp_path_factory, point
+    tmp_path, tmp_path_factory, point, noise
 ):
-    expected = await uninterrupted(tmp_path_factory, ROUNDS, NOISE)
-    played = await play(tmp_path / "killed", ROUNDS, [point], NOISE)
+    # The model of an adaptive clip norm is the same only if each round had the same norm.
+    expected = await uninterrupted(tmp_path_factory, ROUNDS, noise)
+    played = await play(tmp_path / "killed", ROUNDS, [point], noise)
     nothing_lost_and_nothing_twice(played, ROUNDS, expected)
     with closing(RunStore(tmp_path / "killed" / "run" / "run.sqlite", read_only=True)) as store:
         entered = store.releases()

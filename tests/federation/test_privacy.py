@@ -14,6 +14,7 @@ from fedgrpc.aggregator.settings import AggregatorSettings
 from fedgrpc.cli.privacy import COMMAND
 from fedgrpc.errors import StorageError, UsageError
 from fedgrpc.privacy.accounting import Gaussian, PrivacyLoss
+from fedgrpc.privacy.adaptive_clip import next_clip_norm
 from fedgrpc.privacy.noise import RoundNoise
 from fedgrpc.privacy.policy import PrivacyPolicy
 from fedgrpc.rounds.policy import RoundPolicy
@@ -78,6 +79,38 @@ async def test_the_model_under_dp_ftrl_carries_the_noise_of_a_tree(tmp_path):
         noise = sum(RoundNoise(key, step, tree=True).normals(name, first.size) for step in range(1, 5))
         # After four rounds it is that of one node, and not of four.
         np.testing.assert_allclose(weights[name] - first, noise.reshape(first.shape), rtol=1e-4, atol=1e-5)
+
+
+async def test_the_clip_norm_follows_the_quantile_of_norms_and_devices_get_it_with_their_task(tmp_path):
+    adaptive = {"clip_quantile": 0.5, "rounds": 3}
+    weights, _, _ = await run_of(tmp_path, **adaptive)
+    entries, key = stored(tmp_path), key_of(tmp_path)
+    norm, moved = 0.5, {name: first.astype(np.float64) for name, first in MODEL.items()}
+    for step, entry in enumerate(entries, start=1):
+        noise = RoundNoise(key, step)
+        assert (entry.rules.clip_norm, entry.rules.clip_quantile) == (norm, 0.5)
+        for name, first in MODEL.items():
+            # Both of a cohort of four are longer, and are scaled down to the norm of this round.
+            drawn = entry.rules.deviation * noise.normals(name, first.size).reshape(first.shape)
+            moved[name] += 2 * (norm / NORM) / 4 + drawn
+        # sigma_b is 2, which is more than a twentieth of four.
+        norm = next_clip_norm(norm, 0.5, 0, 2, 2.0 * noise.of_count(), 4)
+        assert entry.next_clip_norm == norm
+    for name in MODEL:
+        np.testing.assert_allclose(weights[name], moved[name], rtol=1e-5, atol=1e-6)
+    # A restart goes on with the norm that has been found, and not with the first.
+    async with running_aggregator(tmp_path, **{**PRIVATE, **adaptive}) as running:
+        assert running.aggregator.coordinator.machine.clip_norm == norm
+    folder = await asyncio.to_thread(told, "--data-dir", str(tmp_path / "aggregator"))
+    assert folder["rules"]["clip_norm"] == norm
+
+
+async def test_updates_that_fit_let_the_clip_norm_fall(tmp_path):
+    quiet = PrivacyPolicy("gaussian", noise_multiplier=1e-3, cohort=2)
+    await run_of(tmp_path, shift=0.01, privacy=quiet, clip_norm=1.0, clip_quantile=0.5, rounds=3)
+    norms = [entry.next_clip_norm for entry in stored(tmp_path)]
+    # With sigma_b = 0.1 of two devices the share is near 1: C exp(-0.2 * 0.5) each round.
+    assert norms == pytest.approx([np.exp(-0.1 * step) for step in (1, 2, 3)], rel=0.1)
 
 
 async def test_a_run_ends_before_it_costs_more_than_its_target(tmp_path):
@@ -221,6 +254,11 @@ async def test_a_model_with_statistics_is_refused_by_name(tmp_path):
         ({"local_models": PlanTable(LocalModelPlan(personal_layers=("head.*",)))}, "local_models"),
         ({"choosing": SelectionPolicy("oort")}, "selection"),
         ({"plan": TrainingPlan(algorithm="fednova")}, "fednova"),
+        ({"clip_quantile": 1.0}, "clip_quantile"),
+        (
+            {"clip_quantile": 0.5, "privacy": PrivacyPolicy("dp-ftrl", noise_multiplier=1.0, cohort=4)},
+            "clip_quantile",
+        ),
         ({"plan": TrainingPlan(algorithm="qfedavg:q=1")}, "qfedavg"),
         ({"privacy": PrivacyPolicy("gaussian", target_epsilon=1.0, cohort=4), "rounds": None}, "rounds"),
         ({"privacy": PrivacyPolicy("gaussian", noise_multiplier=1.0, cohort=4, metrics=False)}, "evaluate"),

@@ -15,7 +15,9 @@ import numpy as np
 
 from fedgrpc.codec.layout import TensorSpec
 from fedgrpc.errors import FedgrpcError, LinkError, RoundClosed, UnknownTask, UpdateRefused, WrongOffset
-from fedgrpc.privacy.ledger import Ledger, ReleaseRules
+from fedgrpc.privacy.ledger import Ledger, ledger_of
+from fedgrpc.privacy.noise import RoundNoise
+from fedgrpc.privacy.policy import PrivacyPolicy
 from fedgrpc.rounds import events as rounds
 from fedgrpc.rounds.events import (
     Commit,
@@ -65,7 +67,8 @@ if TYPE_CHECKING:
 
 POLL_S = 8.0
 _ENDLESS = 1 << 31
-_RULES = ReleaseRules("gaussian", 1.0, 1.0, 10)
+_PRIVACY = PrivacyPolicy("gaussian", noise_multiplier=1.0, cohort=10)
+_NOISE_KEY = bytes(32)
 _LAYOUT = (TensorSpec("weights", "float32", (1,)),)
 _REPORT = Report(1, 1, {}, {}, 0, Timings(), 0, 0)
 
@@ -110,8 +113,12 @@ class Aggregator:
         number = self.known_version()
         run.apply(VersionTaken(ModelVersion(number, 0, b"digest"), _LAYOUT), 0.0)
         if self.world.private:
-            run.apply(LedgerOpened(Ledger(_RULES, 1e-5, releases=tuple(self.disk.releases))), 0.0)
+            run.apply(LedgerOpened(self.opened_ledger()), 0.0)
         return run
+
+    def opened_ledger(self) -> Ledger:
+        """The ledger as far as its last entry."""
+        return ledger_of(_PRIVACY, 1.0, None, None, self.disk.releases, clip_quantile=0.5)
 
     def known_version(self) -> int:
         """The last version on the disk."""
@@ -408,6 +415,8 @@ class Aggregator:
         """Enter the release, and only then write the version with the noise of its step."""
         release = ledger.release_of(version.round, version.version, version.tokens)
         if release.step == ledger.next_step:
+            # Every other update fits.
+            release = release.adapted(len(version.tokens) // 2, RoundNoise(_NOISE_KEY, release.step))
             yield from self.dispatch_after(ReleaseEntered(release), lambda _: self.disk.enter(release))
         self.world.watch.written(version, release.step)
 

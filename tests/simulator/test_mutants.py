@@ -71,6 +71,14 @@ class EntersARecomputedCommitAgain(Aggregator):
         self.world.watch.written(version, again.step)
 
 
+class ForgetsTheClipNorm(Aggregator):
+    """A restart begins with the clip norm of the settings again."""
+
+    def opened_ledger(self) -> Ledger:
+        ledger = super().opened_ledger()
+        return replace(ledger, rules=replace(ledger.rules, clip_norm=1.0))
+
+
 class CountsAnUpdateTwice(Aggregator):
     def step(self, round_: Round, event: Event, now: float) -> tuple[Round, Effects]:
         after, effects = super().step(round_, event, now)
@@ -269,6 +277,7 @@ MUTANTS: list[tuple[type[Aggregator], str]] = [
     (RemovesUpdatesBeforeTheirVersionIsStored, "nothing lost"),
     (WritesTheVersionBeforeItsEntry, "ledger: 0 entries"),
     (EntersARecomputedCommitAgain, "ledger"),
+    (ForgetsTheClipNorm, "ledger: step"),
 ]
 
 

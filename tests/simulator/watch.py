@@ -7,7 +7,8 @@
     bound held       no more tasks at work than asked for, no more files than a worker's two, no update too stale
     none refused     a refused update is in no version
     nothing lost     an acknowledged update is in its round's model, or in the next's if it was carried
-    ledger           a version is written after its one entry; the noise of a step is that of one sum
+    ledger           a version is written after its one entry; the noise of a step is that of one sum; the clip
+                     norm of a round follows from the entry of the round before
     no surprise      nothing raises that nobody expects
     goes on          once the faults have stopped, a round commits
 
@@ -16,6 +17,7 @@ The rule: it counts for itself, and believes nothing that the watched say of the
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 from fedgrpc.privacy.ledger import digest_of
@@ -111,6 +113,11 @@ class Watch:
             raise Violation(
                 f"ledger: {len(entries)} entries of step {step} as version {version.version} is written"
             )
+        releases = self._world.aggregator.disk.releases
+        for before, after in pairwise(releases[max(0, step - 2) : step]):
+            told = before.rules.clip_norm if before.round == after.round else before.next_clip_norm
+            if after.rules.clip_norm != told:
+                raise Violation(f"ledger: step {after.step} clips to {after.rules.clip_norm}, and not to {told}")
         if self._noise.setdefault(step, version.tokens) != version.tokens:
             raise Violation(f"ledger: two sums got the noise of step {step}")
 
