@@ -50,7 +50,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "logging": {"errors"},
     "metrics": {"errors", "claims", "rounds", "v1", "protocol", "rpc", "process"},
     "protocol": {*CORE, "v1"},
-    "identity": {"errors", "claims", "v1", "protocol", "storage"},
+    "identity": {"errors", "claims", "privacy", "v1", "protocol", "storage"},
     "rpc": {"errors", "tracing", "claims", "codec", "v1", "protocol", "aio", "process", "identity"},
     "storage": {*CORE, "v1", "protocol", "process"},
     "aggregator": {

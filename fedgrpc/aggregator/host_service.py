@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from typing import Any, Final
 
+import structlog
 from grpc.aio import ServicerContext as Context
 
 from fedgrpc import claims
@@ -23,7 +24,8 @@ from fedgrpc.aggregator.sessions import check_speaker
 from fedgrpc.aggregator.settings import AggregatorSettings
 from fedgrpc.aggregator.views import numbers
 from fedgrpc.codec.chunk import Chunk
-from fedgrpc.errors import Exhausted, LayoutError, NotFound, UsageError
+from fedgrpc.errors import Exhausted, LayoutError, NotFound, StorageError, UpdateRefused, UsageError
+from fedgrpc.privacy.one_time_keys import PublicKeys
 from fedgrpc.protocol.devices import bounded_registration
 from fedgrpc.protocol.durations import duration_from_proto, duration_to_proto
 from fedgrpc.protocol.facts import bounded_conditions
@@ -38,18 +40,29 @@ _MOST_HELD: Final = 64
 _MAX_PAGE: Final = 1000
 _ANSWERED_WITHIN_S: Final = 5.0
 
+log = structlog.get_logger()
 # What a poll brings: a run and the token of a task of it, or a run to get ready for.
 Found = tuple[HostedRun, str]
 # What a poll tells of one run.
 Told = pb.PollTaskRequest | pb.HeldOfRun
+# Of a run's id, a worker and its keys.
+CheckKeys = Callable[[str, str, PublicKeys], None]
 
 
 class HostService(aggregator_pb2_grpc.AggregatorServicer):
     """Each method is one RPC of aggregator.proto, which says what it does and how it fails."""
 
     def __init__(
-        self, runs: RunDirectory, settings: AggregatorSettings, is_revoked: Callable[[str], bool]
+        self,
+        runs: RunDirectory,
+        settings: AggregatorSettings,
+        is_revoked: Callable[[str], bool],
+        check_keys: CheckKeys = lambda run_id, worker, keys: None,
     ) -> None:
+        """`check_keys` raises `UpdateRefused` for one-time keys that no other device would take."""
+        self._check_keys = check_keys
+        # Workers whose keys were refused, so that each reason is logged once.
+        self._refused_keys: dict[str, str] = {}
         self._runs = runs
         self._is_revoked = is_revoked
         self._settings = settings
@@ -174,8 +187,27 @@ class HostService(aggregator_pb2_grpc.AggregatorServicer):
                 continue
             version = (told.held_version, checked_digest(told.held_digest)) if told.held_version else None
             new = claims.EXAMPLES.clamped(told.new_examples) if told.HasField("new_examples") else None
-            keys = keys_from_proto(told.one_time_keys) if told.HasField("one_time_keys") else None
-            run.service.calls.hear_poll(worker.name, version, new, keys)
+            run.service.calls.hear_poll(worker.name, version, new, self._keys_of(run, worker.name, told))
+
+    def _keys_of(self, run: HostedRun, worker: str, told: Told) -> PublicKeys | None:
+        """Return the keys that a worker tells for a run's secure sums; None where other devices would refuse them.
+
+        They would refuse the whole sum: a device with a wrong clock, or an old certificate, harms itself alone.
+        """
+        if not told.HasField("one_time_keys") or not run.settings.secure.on:
+            return None
+        keys, known = keys_from_proto(told.one_time_keys), run.coordinator.machine.keys.get(worker)
+        if known == keys and known.signature == keys.signature:
+            return known
+        try:
+            self._check_keys(run.id, worker, keys)
+        except (UpdateRefused, StorageError) as error:
+            if self._refused_keys.get(worker) != str(error):
+                log.warning("no part in secure sums", worker=worker, run=run.name, reason=str(error))
+            self._refused_keys[worker] = str(error)
+            return None
+        self._refused_keys.pop(worker, None)
+        return keys
 
     def _told_of(
         self, worker: Worker, request: pb.PollTaskRequest

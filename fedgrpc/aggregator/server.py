@@ -111,7 +111,7 @@ class Aggregator:
                 await runs.open()
                 self.trust = trust = Trust(settings, self._identity_dir)
                 trust.on_put_out(runs.put_out)
-                service = HostService(runs, settings, trust.identities.has_revoked)
+                service = HostService(runs, settings, trust.identities.has_revoked, trust.check_keys)
                 models = ModelService(
                     lambda: [run.models for run in runs],
                     *(fleet, sessions, self._now, runs.changes, settings.poll_wait_s),

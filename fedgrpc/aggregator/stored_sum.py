@@ -13,13 +13,17 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any, Final
 
+from google.protobuf.message import DecodeError
+
 from fedgrpc.errors import StorageError, UsageError
 from fedgrpc.privacy.one_time_keys import PublicKeys
 from fedgrpc.privacy.secure_round import SecurePhase, SecureRound
 from fedgrpc.privacy.secure_vector import SecureVector
+from fedgrpc.protocol.secure import keys_from_proto, keys_to_proto
 from fedgrpc.runs.round_in_progress import RoundInProgress
 from fedgrpc.runs.secure_sum import SecureSum
 from fedgrpc.storage.files import storage_errors, write_file
+from fedgrpc.v1.privacy_pb2 import OneTimeKeys
 
 FILE: Final = "secure_sum"
 
@@ -44,7 +48,7 @@ def recovered(folder: Path, number: int, arrived: Collection[str], due_at: float
     try:
         told = json.loads(text) if text else {"round": None}
         return None if told["round"] != number else _sum_of(told, frozenset(arrived), due_at)
-    except (ValueError, KeyError, TypeError, UsageError) as error:
+    except (ValueError, KeyError, TypeError, UsageError, DecodeError) as error:
         raise StorageError(f"{path} is damaged: {error}") from error
 
 
@@ -57,7 +61,8 @@ def _described(sum_: SecureSum) -> dict[str, Any]:
         "phase_s": sum_.phase_s,
         "devices": {
             name: {
-                "keys": [keys.masking.hex(), keys.sealing.hex(), keys.seed_check.hex()],
+                # As devices get them: with the signatures.
+                "keys": keys_to_proto(keys).SerializeToString().hex(),
                 "neighbours": list(state.graph[name]),
                 "point": state.points[name],
                 "threshold": state.thresholds[name],
@@ -78,6 +83,10 @@ def _described(sum_: SecureSum) -> dict[str, Any]:
     }
 
 
+def _keys_of(text: str) -> PublicKeys:
+    return keys_from_proto(OneTimeKeys.FromString(bytes.fromhex(text)))
+
+
 def _sum_of(told: dict[str, Any], uploaded: frozenset[str], due_at: float) -> SecureSum:
     devices, vector = told["devices"], told["vector"]
     roster = frozenset(told["roster"])
@@ -85,7 +94,7 @@ def _sum_of(told: dict[str, Any], uploaded: frozenset[str], due_at: float) -> Se
     phase = SecurePhase.SHARING if not roster else SecurePhase.MASKING if asked is None else SecurePhase.CONFIRMING
     state = SecureRound(
         bytes.fromhex(told["session"]),
-        {name: PublicKeys(*map(bytes.fromhex, each["keys"])) for name, each in devices.items()},
+        {name: _keys_of(each["keys"]) for name, each in devices.items()},
         {name: tuple(each["neighbours"]) for name, each in devices.items()},
         {name: each["point"] for name, each in devices.items()},
         {name: each["threshold"] for name, each in devices.items()},

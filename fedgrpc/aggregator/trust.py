@@ -32,7 +32,9 @@ from fedgrpc.identity.audit import AUDIT_FILE, AuditLog
 from fedgrpc.identity.certificates import key_pem, make_key, pem_of
 from fedgrpc.identity.folder import AUTHORITIES, AuthorityFile, check_private
 from fedgrpc.identity.identities import Identities
+from fedgrpc.identity.signed_keys import KeyCheck
 from fedgrpc.identity.store import DATABASE, IdentityStore
+from fedgrpc.privacy.one_time_keys import PublicKeys
 from fedgrpc.rpc.address import Address, local_address
 from fedgrpc.rpc.admission import Admission
 from fedgrpc.rpc.server import Service, identity_service
@@ -90,6 +92,7 @@ class Trust:
         """Open the folder, and make the authority if one is needed. Raises `UsageError` and `StorageError`."""
         self.folder = folder
         self.clock = clock
+        self._settings = settings
         with storage_errors(folder):
             make_private(folder)
         check_private(folder)
@@ -110,6 +113,20 @@ class Trust:
     def on_put_out(self, call: PutOut) -> None:
         """See `IdentityService.on_put_out`."""
         self._service.on_put_out(call)
+
+    def check_keys(self, run_id: str, worker: str, keys: PublicKeys) -> None:
+        """Raise `UpdateRefused` for one-time keys that other devices would not take, if callers have certificates.
+
+        Raises `StorageError` where the authorities cannot be read.
+        """
+        settings = self._settings
+        if settings.has_authority:
+            check = KeyCheck([each.certificate for each in self.identities.authorities])
+        elif settings.tls is not None and settings.tls.ca is not None:
+            check = KeyCheck.read(settings.tls.ca)
+        else:
+            return
+        check.check(run_id, worker, keys, self._now())
 
     def _now(self) -> float:
         return self.clock()

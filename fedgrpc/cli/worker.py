@@ -13,7 +13,7 @@ from typing import Any
 
 import click
 
-from fedgrpc.cli.connection import client_settings, client_tls
+from fedgrpc.cli.connection import FILE, client_settings, client_tls
 from fedgrpc.cli.learning_task import option_setting
 from fedgrpc.cli.options import Declare, Setting, SettingsCommand, pick
 from fedgrpc.cli.process import LOGS, begin, join_token
@@ -165,6 +165,20 @@ SETTINGS: list[Setting] = [
     _limit(
         "--secure-colluding",
         "Join only secure sums in which so many neighbours may work with the aggregator and learn nothing more.",
+    ),
+    _limit(
+        "--secure-min-workers",
+        "Join only secure sums of at least so many devices: this one and neighbours whose keys it has checked.",
+    ),
+    _limit(
+        "--secure-ca",
+        "Authorities (PEM) of the other devices in secure sums; without: those of the link.",
+        type=FILE,
+    ),
+    _limit(
+        "--secure-crl",
+        "Those authorities' list of revoked certificates (PEM), read for each secure sum.",
+        type=FILE,
     ),
     _limit(
         "--only-when",

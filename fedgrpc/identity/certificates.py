@@ -153,7 +153,7 @@ def is_signed_by(certificate: Certificate, issuer: Certificate) -> bool:
     """Return whether `issuer` itself signed `certificate`."""
     try:
         certificate.verify_directly_issued_by(issuer)
-    except (ValueError, TypeError, InvalidSignature):
+    except (*_UNREADABLE, InvalidSignature):
         return False
     return True
 

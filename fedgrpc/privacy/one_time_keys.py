@@ -21,15 +21,30 @@ from fedgrpc.privacy.streams import KEY_BYTES, derived_key
 
 
 @dataclass(frozen=True)
+class KeySignature:
+    """Signature of a device's public keys with the key of its certificate (see `key_statement`).
+
+    `signed_at` is by the device's clock, in seconds since 1970. `chain` has the device's certificate, then those
+    between it and its authority, each in DER.
+    """
+
+    signed_at: int
+    value: bytes
+    chain: tuple[bytes, ...]
+
+
+@dataclass(frozen=True)
 class PublicKeys:
     """One-time X25519 public keys (RFC 7748) of a device, for masks and for sealing shares; 32 bytes each.
 
-    `seed_check` (32 bytes) follows from the self seed one way: it tells a right seed from a wrong one.
+    `seed_check` (32 bytes) follows from the self seed one way: it tells a right seed from a wrong one. Keys are
+    equal with and without a `signature`.
     """
 
     masking: bytes
     sealing: bytes
     seed_check: bytes
+    signature: KeySignature | None = field(default=None, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         if {len(self.masking), len(self.sealing), len(self.seed_check)} != {KEY_BYTES}:
@@ -95,6 +110,12 @@ def agreed(secret: bytes, public: bytes) -> bytes:
         return X25519PrivateKey.from_private_bytes(secret).exchange(X25519PublicKey.from_public_bytes(public))
     except ValueError:
         raise UpdateRefused("a public key of a neighbour agrees on nothing: it is a point of low order") from None
+
+
+def key_statement(run_id: str, worker: str, keys: PublicKeys, signed_at: int) -> bytes:
+    """Return what a device signs: that these are its keys, in this run, at this time (seconds since 1970)."""
+    names = (run_id.encode(), worker.encode())
+    return label("signed keys", *names, keys.masking, keys.sealing, keys.seed_check, signed_at.to_bytes(8))
 
 
 def acceptable(keys: Mapping[str, PublicKeys]) -> dict[str, PublicKeys]:

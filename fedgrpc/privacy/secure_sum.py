@@ -67,8 +67,9 @@ class Circle:
 
     `session` names the round for all (any bytes, different each time). `points` are the places (from 1) of all
     names in the round's order, at which shares are taken. `colluding` neighbours may work with the aggregator and
-    answer both ways: the device's own setting, which the threshold has to allow for. `roster` are all who have
-    shared, once that is known.
+    answer both ways: the device's own setting, which the threshold has to allow for. `least` devices, this one and
+    neighbours, have to be in the sum, by the device's own setting too. `roster` are all who have shared, once that
+    is known.
     """
 
     session: bytes
@@ -77,14 +78,18 @@ class Circle:
     points: Mapping[str, int]
     threshold: int
     colluding: int = 0
+    least: int = LEAST_NEIGHBOURS + 1
     roster: frozenset[str] = frozenset()
 
     def __post_init__(self) -> None:
         count = len(self.neighbours)
         if self.name in self.neighbours:
             raise UpdateRefused("a device is no neighbour of itself")
-        if count < LEAST_NEIGHBOURS:
-            raise UpdateRefused(f"a secure sum takes {LEAST_NEIGHBOURS} neighbours at least, not {count}")
+        least = max(self.least, LEAST_NEIGHBOURS + 1)
+        if count + 1 < least:
+            raise UpdateRefused(
+                f"with its neighbours this device makes {count + 1}, and it joins secure sums of {least} at least"
+            )
         if not 1 <= self.threshold <= count:
             raise UpdateRefused(f"{count} neighbours cannot reach a threshold of {self.threshold}")
         if 2 * self.threshold <= count + self.colluding:
@@ -211,8 +216,9 @@ class Participant:
         if self.circle.name not in arrived:
             raise UpdateRefused("the sum that is asked about does not hold this device's update")
         mine = len(arrived & self.circle.neighbours.keys())
-        if mine < self.circle.threshold:
-            raise UpdateRefused(f"{mine} neighbours are in the sum, fewer than {self.circle.threshold}")
+        wanted = max(self.circle.threshold, self.circle.least - 1)
+        if mine < wanted:
+            raise UpdateRefused(f"{mine} neighbours are in the sum, fewer than {wanted}")
 
     def _confirmation(self, name: str, arrived: AbstractSet[str], *, outwards: bool) -> bytes:
         names = label("arrived", self._roster_digest, *(each.encode() for each in sorted(arrived)))

@@ -6,15 +6,15 @@ The rule: every name, count and size from a peer is bounded here. What the value
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import Final
 
 from fedgrpc.codec.layout import MAX_NAME_CHARS
 from fedgrpc.errors import LayoutError, UsageError
-from fedgrpc.privacy.one_time_keys import PublicKeys
-from fedgrpc.privacy.secure_sum import Circle
+from fedgrpc.privacy.one_time_keys import KeySignature, PublicKeys
+from fedgrpc.privacy.secure_sum import LEAST_NEIGHBOURS, Circle
 from fedgrpc.privacy.secure_vector import SecureVector
 from fedgrpc.runs.secure_sum import SecureSum
 from fedgrpc.v1 import privacy_pb2
@@ -29,6 +29,10 @@ _MOST_ELEMENTS: Final = 1 << 36
 _MOST_PART_BYTES: Final = 256
 _MOST_NAME_CHARS: Final = 64
 _MOST_SESSION_BYTES: Final = 64
+# A signature of a key of 8192 bits.
+MAX_SIGNATURE_BYTES: Final = 1024
+_MOST_CERTIFICATES: Final = 4
+_MOST_CHAIN_BYTES: Final = 8 << 10
 
 
 @dataclass(frozen=True)
@@ -42,12 +46,29 @@ class SecureTerms:
 
 def keys_to_proto(keys: PublicKeys) -> privacy_pb2.OneTimeKeys:
     """Return the message of a device's public keys."""
-    return privacy_pb2.OneTimeKeys(masking=keys.masking, sealing=keys.sealing, seed_check=keys.seed_check)
+    message = privacy_pb2.OneTimeKeys(masking=keys.masking, sealing=keys.sealing, seed_check=keys.seed_check)
+    if (signed := keys.signature) is not None:
+        message.signature.signed_at, message.signature.value = signed.signed_at, signed.value
+        message.signature.chain.extend(signed.chain)
+    return message
 
 
 def keys_from_proto(message: privacy_pb2.OneTimeKeys) -> PublicKeys:
-    """Return the public keys. Raises `UpdateRefused` for keys of another size."""
-    return PublicKeys(message.masking, message.sealing, message.seed_check)
+    """Return the public keys.
+
+    Raises `UpdateRefused` for keys of another size, and `LayoutError` for a signature or a chain that is too long.
+    """
+    told, signature = message.signature, None
+    if message.HasField("signature"):
+        if len(told.value) > MAX_SIGNATURE_BYTES or not is_short(told.chain):
+            raise LayoutError("one-time keys have a signature or certificates that are too long")
+        signature = KeySignature(told.signed_at, told.value, tuple(told.chain))
+    return PublicKeys(message.masking, message.sealing, message.seed_check, signature)
+
+
+def is_short(chain: Sequence[bytes]) -> bool:
+    """Return whether a chain of certificates, each in DER, may travel with one-time keys."""
+    return len(chain) <= _MOST_CERTIFICATES and sum(map(len, chain)) <= _MOST_CHAIN_BYTES
 
 
 def secure_task_to_proto(sum_: SecureSum, worker: str) -> privacy_pb2.SecureTask:
@@ -75,8 +96,10 @@ def secure_task_to_proto(sum_: SecureSum, worker: str) -> privacy_pb2.SecureTask
     )
 
 
-def secure_terms_from_proto(message: privacy_pb2.SecureTask, worker: str, colluding: int = 0) -> SecureTerms:
-    """Return the part of this device, `worker`, in a secure sum.
+def secure_terms_from_proto(
+    message: privacy_pb2.SecureTask, worker: str, colluding: int = 0, least: int = LEAST_NEIGHBOURS + 1
+) -> SecureTerms:
+    """Return the part of this device, `worker`, in a secure sum; `colluding` and `least` are as in `Circle`.
 
     Raises `LayoutError` for absurd numbers, and `UpdateRefused` for a circle that this device does not join.
     """
@@ -89,7 +112,7 @@ def secure_terms_from_proto(message: privacy_pb2.SecureTask, worker: str, collud
         raise LayoutError("the task names a neighbour twice")
     points = {each.worker: each.point for each in message.neighbours}
     circle = Circle(
-        message.session, worker, neighbours, {**points, worker: message.point}, message.threshold, colluding
+        message.session, worker, neighbours, {**points, worker: message.point}, message.threshold, colluding, least
     )
     return SecureTerms(circle, keys_from_proto(message.keys), _vector(message))
 

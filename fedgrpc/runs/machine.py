@@ -327,6 +327,8 @@ class RunMachine(SummingState):
         return ()
 
     def _leave(self, event: WorkerLeft, now: float) -> Effects:
+        # Its certificate may be revoked.
+        self.keys.pop(event.worker, None)
         token = self.task_of(event.worker)
         if token is None or self.current.state.find(token).phase is not TaskPhase.OFFERED:
             return ()

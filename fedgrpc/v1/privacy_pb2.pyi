@@ -75,14 +75,26 @@ class UpdatePrivacy(_message.Message):
     def __init__(self, clip_norm: _Optional[float] = ..., without_metrics: _Optional[bool] = ...) -> None: ...
 
 class OneTimeKeys(_message.Message):
-    __slots__ = ("masking", "sealing", "seed_check")
+    __slots__ = ("masking", "sealing", "seed_check", "signature")
     MASKING_FIELD_NUMBER: _ClassVar[int]
     SEALING_FIELD_NUMBER: _ClassVar[int]
     SEED_CHECK_FIELD_NUMBER: _ClassVar[int]
+    SIGNATURE_FIELD_NUMBER: _ClassVar[int]
     masking: bytes
     sealing: bytes
     seed_check: bytes
-    def __init__(self, masking: _Optional[bytes] = ..., sealing: _Optional[bytes] = ..., seed_check: _Optional[bytes] = ...) -> None: ...
+    signature: KeySignature
+    def __init__(self, masking: _Optional[bytes] = ..., sealing: _Optional[bytes] = ..., seed_check: _Optional[bytes] = ..., signature: _Optional[_Union[KeySignature, _Mapping]] = ...) -> None: ...
+
+class KeySignature(_message.Message):
+    __slots__ = ("signed_at", "value", "chain")
+    SIGNED_AT_FIELD_NUMBER: _ClassVar[int]
+    VALUE_FIELD_NUMBER: _ClassVar[int]
+    CHAIN_FIELD_NUMBER: _ClassVar[int]
+    signed_at: int
+    value: bytes
+    chain: _containers.RepeatedScalarFieldContainer[bytes]
+    def __init__(self, signed_at: _Optional[int] = ..., value: _Optional[bytes] = ..., chain: _Optional[_Iterable[bytes]] = ...) -> None: ...
 
 class SecureNeighbour(_message.Message):
     __slots__ = ("worker", "point", "keys")

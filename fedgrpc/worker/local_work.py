@@ -17,6 +17,7 @@ from typing import Final, Protocol
 
 from fedgrpc.codec.feedback import Residual
 from fedgrpc.errors import CorruptError, LayoutError, StorageError, WrongOffset
+from fedgrpc.privacy.one_time_keys import PublicKeys
 from fedgrpc.protocol.descriptions import ModelDescription
 from fedgrpc.protocol.devices import Activity
 from fedgrpc.protocol.secure import secure_terms_from_proto
@@ -25,6 +26,7 @@ from fedgrpc.rounds.policy import TaskKind
 from fedgrpc.rpc.retry import with_retries
 from fedgrpc.v1 import aggregator_pb2
 from fedgrpc.worker.caller import Report
+from fedgrpc.worker.certified_keys import CertifiedKeys
 from fedgrpc.worker.client import AggregatorClient
 from fedgrpc.worker.held_model import HeldModel, Source
 from fedgrpc.worker.model_folder import ModelFolder
@@ -77,13 +79,14 @@ class TaskFiles:
         client: AggregatorClient,
         publisher: StatusPublisher,
     ) -> None:
-        """Open what is on the disk. Raises `StorageError`."""
+        """Open what is on the disk. Raises `StorageError`, and `UsageError` as `CertifiedKeys.of`."""
         self._settings = settings
         self._client = client
         self._publisher = publisher
         self._download_began: tuple[str, float] = ("", 0.0)
         self.models = ModelFolder(settings.state_dir / "model")
         self.secure = SecureMemory(settings.state_dir / "secure")
+        self._certified = CertifiedKeys.of(settings)
         self.spool = Spool(
             settings.state_dir / "spool",
             max_updates=settings.spool_max_updates,
@@ -99,15 +102,29 @@ class TaskFiles:
     def secure_part(self, task: Task, message: aggregator_pb2.Task) -> SecurePart | None:
         """Return this device's part in the secure sum of a task; None: its update travels as it is.
 
-        Raises `LayoutError` and `UpdateRefused` for a sum that this device does not join.
+        Blocks. Raises `LayoutError` and `UpdateRefused` for a sum that this device does not join, and
+        `StorageError`.
         """
         if not message.HasField("secure"):
             return None
         if task.kind is not TaskKind.TRAIN or message.HasField("local_model"):
             # What stays on the device, as personal layers do, would be in the sum.
             raise LayoutError("a secure sum is of updates of the whole model: no other task names one")
-        terms = secure_terms_from_proto(message.secure, self._settings.name, self._settings.secure_colluding)
+        settings = self._settings
+        terms = secure_terms_from_proto(
+            message.secure, settings.name, settings.secure_colluding, settings.secure_min_workers
+        )
+        if self._certified is not None:
+            self._certified.check(task.run_id, terms.circle.neighbours)
         return SecurePart(self.secure, self._client, task.token, terms)
+
+    def one_time_keys(self, run_id: str) -> PublicKeys:
+        """Return this device's keys for the next secure sum of a run, signed if it has a certificate. Blocks.
+
+        Raises `StorageError`.
+        """
+        keys = self.secure.public_keys()
+        return keys if self._certified is None else self._certified.signed(run_id, keys)
 
     async def download(self, task: Task, report: Report, most_bytes: int | None = None) -> tuple[HeldModel, float]:
         """Return the task's version, on the disk, and the seconds since its download began, in any session.

@@ -314,7 +314,7 @@ class Loop:
         if self._settings.role is not WorkerRole.TRAINER:
             return None
         try:
-            return await asyncio.to_thread(run.files.secure.public_keys)
+            return await asyncio.to_thread(run.files.one_time_keys, run.run_id)
         except StorageError as error:
             self._log.warning("no keys for secure sums", reason=str(error))
             return None

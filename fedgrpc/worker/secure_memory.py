@@ -124,6 +124,7 @@ def _described(task: SecureTask) -> dict[str, Any]:
         "points": dict(circle.points),
         "threshold": circle.threshold,
         "colluding": circle.colluding,
+        "least": circle.least,
         "roster": None if task.roster is None else sorted(task.roster),
         "sealed": {name: box.hex() for name, box in task.sealed.items()},
         "masked_digest": task.masked_digest.hex(),
@@ -131,14 +132,20 @@ def _described(task: SecureTask) -> dict[str, Any]:
     }
 
 
+def _keys_of(told: list[str]) -> PublicKeys:
+    masking, sealing, seed_check = map(bytes.fromhex, told)
+    return PublicKeys(masking, sealing, seed_check)
+
+
 def _task_of(told: dict[str, Any]) -> SecureTask:
     circle = Circle(
         bytes.fromhex(told["session"]),
         told["name"],
-        {name: PublicKeys(*map(bytes.fromhex, keys)) for name, keys in told["neighbours"].items()},
+        {name: _keys_of(keys) for name, keys in told["neighbours"].items()},
         told["points"],
         told["threshold"],
         told["colluding"],
+        told["least"],
     )
     return SecureTask(
         circle,

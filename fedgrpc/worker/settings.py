@@ -10,6 +10,7 @@ from typing import Any, Final
 
 from fedgrpc.codec.encoding import encoding_names
 from fedgrpc.errors import UsageError
+from fedgrpc.privacy.secure_policy import LEAST_DEVICES
 from fedgrpc.protocol.devices import DeviceProfile
 from fedgrpc.protocol.tasks import WorkerRole
 from fedgrpc.rpc.address import Address, dialled
@@ -44,7 +45,10 @@ class WorkerSettings:
     device is not as `only_when` says (`fedgrpc.runs.eligibility`), it asks for no task. `allow_algorithms` has
     globs of the classes that a run may name as its algorithm, besides fedgrpc's own. With `only_secure` the device
     sends no update of training that is not masked for a secure sum. It joins none whose threshold lets the
-    aggregator and `secure_colluding` of its neighbours learn more than the sum.
+    aggregator and `secure_colluding` of its neighbours learn more than the sum, and none of fewer than
+    `secure_min_workers` devices, itself and its neighbours. A device with a certificate takes only neighbours'
+    keys that are signed under `secure_ca` (without: the authorities of its link), and not those whose certificates
+    are in the list `secure_crl`.
 
     Raises:
         UsageError: a value is out of range.
@@ -75,6 +79,9 @@ class WorkerSettings:
     only_when: str = ""
     only_secure: bool = False
     secure_colluding: int = 0
+    secure_min_workers: int = LEAST_DEVICES
+    secure_ca: Path | None = None
+    secure_crl: Path | None = None
 
     def __post_init__(self) -> None:
         if not _NAME.fullmatch(self.name):
@@ -96,6 +103,10 @@ class WorkerSettings:
             raise UsageError(f"min_batch_size must be at most {_MOST_BATCH}, not {self.min_batch_size}")
         if not 0 <= self.secure_colluding <= _MOST_COLLUDING:
             raise UsageError(f"secure_colluding is from 0 to {_MOST_COLLUDING}, not {self.secure_colluding}")
+        if not LEAST_DEVICES <= self.secure_min_workers <= _MOST_COLLUDING:
+            raise UsageError(
+                f"secure_min_workers is from {LEAST_DEVICES} to {_MOST_COLLUDING}, not {self.secure_min_workers}"
+            )
         for encoding in self.encodings:
             if encoding not in encoding_names():
                 raise UsageError(f"unknown encoding {encoding!r}; known are {', '.join(encoding_names())}")

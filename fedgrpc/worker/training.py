@@ -177,7 +177,7 @@ class TrainerWork:
             raise TaskError("this device sends no update that is not masked for a secure sum: its --only-secure")
         self._mark.check(task.token)
         forget_peak_memory()
-        part = self._files.secure_part(task, message)
+        part = await asyncio.to_thread(self._files.secure_part, task, message)
         async with sharing(part) as shared:
             return await self._performed(task, message, report, part, shared)
 

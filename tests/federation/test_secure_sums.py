@@ -289,16 +289,6 @@ async def test_a_run_beside_others_has_secure_sums_too(tmp_path):
     assert {task.upload_recipe for round_ in trained for task in round_.tasks} == {"raw"}
 
 
-async def test_a_device_that_only_adds_to_secure_sums_gives_a_plain_task_back(tmp_path):
-    save_file(MODEL, tmp_path / "initial.safetensors")
-    async with running_aggregator(tmp_path, policy={"min_workers": 1}) as running:
-        worker = start_worker(running, tmp_path, "w0", ShiftTrainer(), only_secure=True)
-        task = await running.until_task("w0", round_pb2.TASK_PHASE_FAILED)
-        worker.cancel()
-        await asyncio.gather(worker, return_exceptions=True)
-    assert "--only-secure" in task.reason
-
-
 async def test_a_device_joins_no_sum_whose_threshold_is_too_low_for_the_neighbours_that_it_mistrusts(tmp_path):
     async with running_aggregator(tmp_path, **changes_for(tmp_path, 4, policy=SHORT)) as running:
         workers = [
@@ -314,6 +304,24 @@ async def test_a_device_joins_no_sum_whose_threshold_is_too_low_for_the_neighbou
     reasons = {task.worker: task.reason for task in round_.tasks if task.phase == round_pb2.TASK_PHASE_FAILED}
     assert reasons.keys() == {"w3"}
     assert "threshold" in reasons["w3"]
+
+
+async def test_a_device_joins_no_sum_of_fewer_devices_than_it_wants(tmp_path):
+    """A malicious aggregator could else run a round of the one that it is after and of two of its own."""
+    async with running_aggregator(tmp_path, **changes_for(tmp_path, 4, policy=SHORT)) as running:
+        workers = [
+            start_worker(running, tmp_path, f"w{k}", ShiftTrainer(0.1), secure_min_workers=5 if k == 3 else 4)
+            for k in range(4)
+        ]
+        record = await running.until_ended(1)
+        for worker in workers:
+            worker.cancel()
+        await asyncio.gather(*workers, return_exceptions=True)
+    reasons = {task.worker: task.reason for task in record.tasks if task.phase == round_pb2.TASK_PHASE_FAILED}
+    assert "makes 4, and it joins secure sums of 5 at least" in reasons["w3"]
+    # Three are left, too few for each of them.
+    assert record.phase == round_pb2.ROUND_PHASE_ABANDONED
+    assert not running.kept_updates()
 
 
 def masked_update(size_bytes, last=0):

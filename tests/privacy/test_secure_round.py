@@ -376,6 +376,18 @@ class TestSecureTask:
         with pytest.raises(UpdateRefused, match=r"roster|neighbours"):
             tasks["w00"].with_roster(roster, {})
 
+    def test_a_device_wants_as_many_in_the_sum_as_its_owner_said(self) -> None:
+        _, tasks = opened(6, seed=1)
+        names = frozenset(tasks)
+        task = replace(tasks["w00"], circle=replace(tasks["w00"].circle, least=5))
+        with pytest.raises(UpdateRefused, match="makes 4, and it joins secure sums of 5"):
+            task.with_roster(names - {"w01", "w02"}, {})
+        masked = task.with_roster(names, {}).with_masked(bytes(32))
+        # Enough for the threshold, and for the aggregator.
+        with pytest.raises(UpdateRefused, match="3 neighbours are in the sum, fewer than 4"):
+            masked.with_question(names - {"w01", "w02"})
+        assert masked.with_question(names - {"w01"}).confirmations().keys() == names - {"w00", "w01"}
+
     def test_before_the_roster_nothing_is_masked(self) -> None:
         _, tasks = opened(4, seed=1)
         with pytest.raises(UpdateRefused, match="roster"):

@@ -335,7 +335,7 @@ class TestParticipant:
 
     def test_a_sum_of_two_is_refused(self) -> None:
         world = self._world()
-        with pytest.raises(UpdateRefused, match="2 neighbours at least"):
+        with pytest.raises(UpdateRefused, match="joins secure sums of 3 at least"):
             world.circle("w000").within({"w000", "w001"})
 
     @pytest.mark.parametrize("point", [0, 2, 1 << 32])

@@ -172,7 +172,8 @@ async def running_aggregator(folder, **changes):
 @asynccontextmanager
 async def channel_to(settings, address):
     with local_address(settings.data_dir / "identity") as local:
-        async with open_channel(local if settings.has_authority else address) as channel:
+        plain = settings.tls is None and not settings.has_authority
+        async with open_channel(address if plain else local) as channel:
             yield channel
 
 
