@@ -5,9 +5,9 @@ import importlib
 
 import pytest
 
-from tests.faults.points import AGGREGATOR, CARRYING, PRIVATE, WORKER
+from tests.faults.points import AGGREGATOR, CARRYING, PRIVATE, SECURE, WORKER
 
-POINTS = {**AGGREGATOR, **CARRYING, **PRIVATE, **WORKER}
+POINTS = {**AGGREGATOR, **CARRYING, **PRIVATE, **SECURE, **WORKER}
 
 
 @pytest.mark.parametrize("name", POINTS)

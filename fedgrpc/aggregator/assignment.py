@@ -15,6 +15,7 @@ from functools import partial
 import numpy as np
 import structlog
 
+from fedgrpc import claims
 from fedgrpc.aggregator.coordinator import Coordinator
 from fedgrpc.aggregator.local_models import Sizing
 from fedgrpc.aggregator.negotiation import RAW, reads_reduced, reduction_for
@@ -80,11 +81,11 @@ class TaskAssigner:
             coordinator.apply(selected)
             return
         workers = [worker for _, worker in selected.tasks]
-        await coordinator.apply_after(TasksGiven(selected, contexts, secure), partial(self._store, workers))
-        self._tell(run.current.state, selected)
-        for token, reason in failed.items():
-            if run.wants(token):
-                coordinator.reject(token, reason)
+        refused = {token: claims.REASON.cleaned(reason) for token, reason in failed.items()}
+        given = TasksGiven(selected, contexts, secure, refused)
+        # What cannot be given is stored as lost: a restart would find tasks that no worker could be told.
+        await coordinator.apply_after(given, partial(self._store, workers))
+        self._tell(run.current.state, selected, refused)
         for worker in workers:
             # To encode a large model takes its time, in which it may have left.
             coordinator.take_back(worker)
@@ -104,10 +105,13 @@ class TaskAssigner:
         tasks = tuple((new_token(self._run.id), choice.worker) for choice in choices)
         return Selected(tasks, {choice.worker: choice.reason for choice in choices}, deadline)
 
-    def _tell(self, after: Round, selected: Selected) -> None:
+    def _tell(self, after: Round, selected: Selected, refused: Mapping[str, str]) -> None:
         workers = [worker for _, worker in selected.tasks]
         for worker in workers:
             self._log.debug("worker chosen", round=after.number, worker=worker, reason=selected.reasons[worker])
+        for token, reason in refused.items():
+            worker = after.tasks[token].worker
+            self._log.warning("task not given", round=after.number, worker=worker, reason=reason)
         told = {"deadline_s": round(after.deadline_s, 3), "reason": after.deadline_reason}
         self._log.info("tasks offered", round=after.number, workers=workers, **(told if told["reason"] else {}))
 

@@ -7,7 +7,7 @@ those of the round (`fedgrpc.rounds.events`).
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum, IntEnum
 
 from fedgrpc.codec.layout import Layout
@@ -87,11 +87,15 @@ class RoundOpened:
 
 @dataclass(frozen=True)
 class TasksGiven:
-    """The answer to `Select`, with one record for each new task. `secure`: the sum that their updates go into."""
+    """The answer to `Select`, with one record for each new task. `secure`: the sum that their updates go into.
+
+    `refused` says why some of them, by token, cannot be given: they are lost in the same moment.
+    """
 
     selected: Selected
     contexts: Mapping[str, TaskContext]
     secure: SecureSum | None = None
+    refused: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

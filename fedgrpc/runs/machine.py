@@ -139,6 +139,9 @@ class RunMachine(SummingState):
                 self.keys.pop(worker, None)
         if self.ledger is not None and self.current.kind is TaskKind.TRAIN:
             self.ledger = self.ledger.chosen(worker for _, worker in event.selected.tasks)
+        for token, reason in event.refused.items():
+            if self.wants(token):
+                effects += self.step_round(Rejected(token, reason), now)
         return effects
 
     def _accept(self, event: UpdateAccepted, now: float) -> Effects:

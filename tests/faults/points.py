@@ -95,6 +95,12 @@ CARRYING = {
     "carrying-next-round-not-offered": Point(f"{_STORAGE}.run_store:RunStore.save_open_round", "after", count=2),
 }
 
+# Of a run with secure sums, in which one device has keys that nobody takes.
+SECURE = {
+    "secure-tasks-not-stored": Point(f"{_STORAGE}.run_store:RunStore.save_open_round"),
+    "secure-tasks-stored": Point(f"{_STORAGE}.run_store:RunStore.save_open_round", "after"),
+}
+
 WORKER = {
     "registered": Point(f"{_WORKER}.client:AggregatorClient.register", "after"),
     "idle": Point(f"{_WORKER}.client:AggregatorClient.poll", count=2),

@@ -34,9 +34,10 @@ from fedgrpc.v1 import aggregator_pb2 as pb
 from fedgrpc.v1 import round_pb2
 from fedgrpc.worker import client
 from fedgrpc.worker.secure_memory import SecureMemory
+from tests.faults.points import SECURE as POINTS
 from tests.support.hand_driven_device import encoded, refused
 from tests.support.many_runs import QUICK, hosting, until
-from tests.support.processes import aggregator_process, free_address
+from tests.support.processes import aggregator_process, free_address, reconnected
 from tests.support.running_federation import ShiftTrainer, running_aggregator, start_worker
 
 MODEL = {"a": np.zeros((3, 5), np.float32), "w": np.linspace(-1, 1, 301, dtype=np.float32)}
@@ -403,6 +404,41 @@ async def test_devices_with_keys_that_no_neighbour_takes_lose_their_task_and_the
     told = {task.worker: task.reason for task in record.tasks if task.worker.startswith("bad")}
     assert len(told) == len(keys)
     assert all("one-time keys" in reason for reason in told.values())
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("point", POINTS)
+async def test_an_aggregator_that_is_killed_as_it_gives_tasks_still_answers_whom_it_cannot_give_one(
+    tmp_path, point
+):
+    save_file(MODEL, tmp_path / "initial.safetensors")
+    address = free_address()
+    arguments = ["--secure-aggregation", 8, "--clip-norm", 10, "--quorum", 3, "--min-workers", 4, "--rounds", 1]
+    dying = ("-m", "tests.faults.killed_at", point)
+    low_order = PublicKeys(bytes(32), bytes([1]) + bytes(31), b"c" * 32)
+    async with aggregator_process(tmp_path, *arguments, address=address, program=dying) as (process, running):
+        bad = await running.device("bad")
+        asking = asyncio.create_task(polled_until_task(running, "bad", low_order))
+        workers = [start_worker(address, tmp_path, f"w{k}", ShiftTrainer(0.1 * (k + 1))) for k in range(3)]
+        assert await process.ended() == -signal.SIGKILL
+        await asyncio.gather(asking, return_exceptions=True)
+    async with aggregator_process(tmp_path, *arguments, address=address) as (process, running):
+        (bad,) = reconnected(running, bad)
+        await bad.register()
+        request = pb.PollTaskRequest(worker="bad", one_time_keys=keys_to_proto(low_order))
+        request.wait.FromSeconds(1)
+        for _ in range(3):
+            assert not (await running.stub.PollTask(request)).HasField("task")
+        await running.until_finished()
+        (round_,) = await running.rounds()
+    await asyncio.gather(*workers, return_exceptions=True)
+    assert round_.phase == round_pb2.ROUND_PHASE_COMMITTED, round_.reason
+    phases = {task.worker: task.phase for task in round_.tasks}
+    assert phases == {
+        "bad": round_pb2.TASK_PHASE_REJECTED,
+        **dict.fromkeys(("w0", "w1", "w2"), round_pb2.TASK_PHASE_ACCEPTED),
+    }
+    assert "one-time keys" in next(task.reason for task in round_.tasks if task.worker == "bad")
 
 
 @pytest.mark.parametrize(

@@ -55,18 +55,20 @@ class SecureScenario(RunScenario):
             self(WorkerPolled(name, None, keys=self.secrets[name].public))
         return self
 
-    def begin(self):
-        """Open a round with a task for each idle worker."""
+    def begin(self, refused=""):
+        """Open a round with a task for each idle worker, of which `refused` have keys that nobody takes."""
         self(RoundOpened(self.machine.next_step(0.0, self.now).round))
         select = next(
             each for each in self(self.machine.workers_available(self.fleet, self.now)) if isinstance(each, Select)
         )
         names = self.machine.idle_trainers(self.fleet, self.now)[: select.count]
-        keys = {name: self.machine.keys[name] for name in names}
+        keys = {name: self.machine.keys[name] for name in names if name not in refused}
         rng = np.random.default_rng(0)
         sum_ = SecureSum.opened(keys, VECTOR, b"s", rng, colluding=0, least=3, phase_s=10.0, now=self.now)
         tasks = tuple((self.token(name), name) for name in names)
-        self(TasksGiven(Selected(tasks), {token: TaskContext() for token, _ in tasks}, sum_))
+        refused = {self.token(name): "no keys" for name in names if name not in keys}
+        self(TasksGiven(Selected(tasks), {token: TaskContext() for token, _ in tasks}, sum_, refused))
+        names = [name for name in names if name in keys]
         for name in names:
             around = {other: keys[other] for other in sum_.state.graph[name]}
             circle = Circle(b"s", name, around, sum_.state.points, sum_.state.thresholds[name])
@@ -113,6 +115,19 @@ def test_only_workers_with_keys_are_asked_and_each_key_is_for_one_sum():
     # Nobody joins, however many are idle.
     scenario.poll("efg")
     assert scenario.machine.workers_available(scenario.fleet, 0.0).idle == ()
+
+
+def test_a_task_without_keys_is_lost_in_the_moment_in_which_the_others_are_given():
+    scenario = SecureScenario().poll("abcd").begin(refused="d")
+    # What a restart would find is what devices are told: no task is there of which nothing could be said.
+    tasks = {task.worker: task for task in scenario.machine.current.state.tasks.values()}
+    assert tasks["d"].phase is TaskPhase.REJECTED
+    assert tasks["d"].reason == "no keys"
+    assert scenario.machine.task_of("d") is None
+    for name in "abc":
+        assert scenario.machine.task_of(name) == scenario.token(name)
+        scenario.say(name)
+    assert scenario.sum.phase is SecurePhase.MASKING
 
 
 @pytest.mark.parametrize("seed", range(60))
