@@ -20,7 +20,6 @@ from fedgrpc.aggregator.settings import AggregatorSettings
 from fedgrpc.codec.layout import Layout, TensorRole
 from fedgrpc.errors import StorageError, UpdateRefused, UsageError
 from fedgrpc.privacy.ledger import ledger_of
-from fedgrpc.privacy.noise import RoundNoise
 from fedgrpc.privacy.streams import KEY_BYTES, derived_key
 from fedgrpc.rounds.policy import TaskKind
 from fedgrpc.runs.events import LedgerOpened, ReleaseEntered
@@ -98,7 +97,7 @@ class PrivateReleases:
         if unbounded := complaint(shell.machine.layout):
             raise UpdateRefused(unbounded)
         release = ledger.release_of(round_.number, round_.base_version + 1, list(merge.weights))
-        noise, deviation = RoundNoise(self._key, release.step, release.rules.tree), release.rules.deviation
+        noise, deviation = release.rules.noise(self._key, release.step), release.rules.deviation
         if release.step == ledger.next_step:
             release = release.adapted(sum(not round_.report(token).clipped for token in merge.weights), noise)
 

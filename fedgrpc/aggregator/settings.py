@@ -257,8 +257,8 @@ class AggregatorSettings:
         plans = self.local_models.plans
         refused = {
             "privacy needs clip_norm, the most that one update may weigh": self.clip_norm is None,
-            "clip_quantile goes without privacy = 'dp-ftrl': the noise of a tree is for one clip norm": (
-                privacy.mechanism == "dp-ftrl" and self.clip_quantile is not None
+            f"clip_quantile goes without privacy = {privacy.mechanism!r}, whose noise is for one clip norm": (
+                privacy.mechanism != "gaussian" and self.clip_quantile is not None
             ),
             "clip_quantile is below 1 with privacy: else the clip norm would grow without end": (
                 self.clip_quantile == 1

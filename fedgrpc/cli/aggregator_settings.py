@@ -266,7 +266,8 @@ SETTINGS: list[Setting] = [
     _mean("--seed", "Seed of selection, shuffling and stochastic rounding."),
     _privacy(
         "--privacy",
-        "Release versions with noise: independent (gaussian), or that of a tree over all rounds (dp-ftrl).",
+        "Release versions with noise: independent (gaussian), of a tree over all rounds (dp-ftrl), or of a band "
+        "of rounds (dp-mf).",
         name="mechanism",
     ),
     _privacy("--noise-multiplier", "Standard deviation of the noise over the most that one device adds."),

@@ -1,8 +1,9 @@
 """Privacy loss of releases: what epsilon(delta) a row of noisy sums has cost one device.
 
-Adjacent are two runs of which one has a device, with all its updates, that the other lacks. For trees the other
-run has the device with updates of zero, so that both choose the same devices. The rule: a loss is never
-understated. Composition is exact where all releases are plain Gaussian mechanisms, and an upper bound otherwise.
+Adjacent are two runs of which one has a device, with all its updates, that the other lacks. For noise of several
+rounds the other run has the device with updates of zero, so that both choose the same devices. The rule: a loss is
+never understated. Composition is exact where all releases are plain Gaussian mechanisms, and an upper bound
+otherwise.
 
 A Gaussian mechanism whose sum moves by at most `sensitivity`, with noise of `noise_multiplier * sensitivity`, is
 mu-GDP with mu = 1 / noise_multiplier (Dong, Roth, Su, arXiv 1905.02383). It fulfills, exactly
@@ -22,6 +23,8 @@ from dataclasses import dataclass
 from functools import lru_cache
 from itertools import count
 from typing import Final
+
+from fedgrpc.privacy.banded import sensitivity_squared
 
 # Below this, the tail of the normal distribution is its asymptotic series: erfc would soon underflow.
 _FAR_TAIL: Final = -25.0
@@ -119,7 +122,36 @@ class TreeGaussian:
         return self.as_gaussian.renyi(order)
 
 
-Mechanism = Gaussian | SampledGaussian | TreeGaussian
+@dataclass(frozen=True)
+class BandedGaussian:
+    """The first `rounds` releases of a DP-MF run, whose noise is that of `fedgrpc.privacy.banded`.
+
+    The independent noise behind it is `noise_multiplier` times the most that one device adds to one round. A
+    device takes part at most once in any `separation` rounds that follow each other.
+    """
+
+    noise_multiplier: float
+    rounds: int
+    separation: int
+    bands: int
+
+    def __post_init__(self) -> None:
+        _check_multiplier(self.noise_multiplier)
+        if self.rounds < 1 or self.separation < 1 or self.bands < 1:
+            raise ValueError("banded noise has at least one round, one band, and a separation of one round")
+
+    @property
+    def as_gaussian(self) -> Gaussian:
+        """All releases as one mechanism."""
+        square = sensitivity_squared(self.rounds, self.separation, self.bands)
+        return Gaussian(self.noise_multiplier / math.sqrt(square))
+
+    def renyi(self, order: int) -> float:
+        """Return the Renyi divergence of `order` of all releases together."""
+        return self.as_gaussian.renyi(order)
+
+
+Mechanism = Gaussian | SampledGaussian | TreeGaussian | BandedGaussian
 
 
 @dataclass(frozen=True)
@@ -175,7 +207,7 @@ def _check_multiplier(multiplier: float) -> None:
 
 def _mu(mechanism: Mechanism) -> float | None:
     """Return the mu of a mechanism that is exactly Gaussian; None for another."""
-    if isinstance(mechanism, TreeGaussian):
+    if isinstance(mechanism, TreeGaussian | BandedGaussian):
         mechanism = mechanism.as_gaussian
     if isinstance(mechanism, SampledGaussian):
         return 1 / mechanism.noise_multiplier if mechanism.rate == 1 else None

@@ -13,12 +13,12 @@ import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
-from itertools import takewhile
+from itertools import pairwise, takewhile
 from types import MappingProxyType
-from typing import Literal
 
 from fedgrpc.errors import UpdateRefused, UsageError
 from fedgrpc.privacy.accounting import (
+    BandedGaussian,
     Gaussian,
     Mechanism,
     PrivacyLoss,
@@ -27,8 +27,9 @@ from fedgrpc.privacy.accounting import (
     least_multiplier,
 )
 from fedgrpc.privacy.adaptive_clip import count_deviation, next_clip_norm, update_multiplier
+from fedgrpc.privacy.banded import MOST_BANDS
 from fedgrpc.privacy.noise import RoundNoise
-from fedgrpc.privacy.policy import PrivacyPolicy
+from fedgrpc.privacy.policy import MechanismName, PrivacyPolicy
 
 
 @dataclass(frozen=True)
@@ -38,15 +39,17 @@ class ReleaseRules:
     The noise of a coordinate has the standard deviation `deviation`, in units of the model. `rate`: each device is
     sampled with that chance; None: nothing is assumed of the choice. `clip_quantile`: a noisy count is released
     besides, by which the clip norm follows this quantile; both together have the noise of `noise_multiplier`.
+    `bands`: of how many rounds a round's noise is, with "dp-mf".
     """
 
-    mechanism: Literal["gaussian", "dp-ftrl"]
+    mechanism: MechanismName
     noise_multiplier: float
     clip_norm: float
     cohort: int
     min_separation: int = 1
     rate: float | None = None
     clip_quantile: float | None = None
+    bands: int = 1
 
     @property
     def deviation(self) -> float:
@@ -60,6 +63,15 @@ class ReleaseRules:
     def tree(self) -> bool:
         """True if the noise of the releases is that of one tree."""
         return self.mechanism == "dp-ftrl"
+
+    @property
+    def joint(self) -> bool:
+        """True if releases share noise, so that all of them together are one mechanism."""
+        return self.mechanism != "gaussian"
+
+    def noise(self, key: bytes, step: int) -> RoundNoise:
+        """Return the noise of the release `step` under a run's noise key."""
+        return RoundNoise(key, step, self.tree, self.bands)
 
 
 @dataclass(frozen=True)
@@ -151,7 +163,15 @@ class Ledger:
     def resting(self) -> frozenset[str]:
         """Devices that took part less than `min_separation` releases ago."""
         since = self.next_step - self.rules.min_separation
-        return frozenset(worker for worker, step in self.last_steps.items() if step > since)
+        return frozenset(worker for worker, step in self.last_steps.items() if self._last_of_round(step) > since)
+
+    def _last_of_round(self, step: int) -> int:
+        """Return the last step of the round of that step: the sum that was released may be its second one."""
+        for before, after in pairwise(self.releases[max(0, step - 1) :]):
+            if before.round != after.round:
+                break
+            step = after.step
+        return step
 
     def loss(self, more: int = 0) -> PrivacyLoss:
         """Return what all releases, and `more` that follow by the present rules, cost a device."""
@@ -175,15 +195,15 @@ def _epsilon(loss: PrivacyLoss, delta: float) -> float:
 def loss_of(releases: Sequence[ReleaseRules]) -> PrivacyLoss:
     """Return what releases by these rules cost a device, in their order.
 
-    Of independent noise, a device is in those that cost it most, of all that its separation allows. A tree counts
-    as one mechanism: a run has one, under one noise multiplier.
+    Of independent noise, a device is in those that cost it most, of all that its separation allows. Joint noise
+    counts as one mechanism: a run has one, under one noise multiplier.
     """
-    trees = [rules for rules in releases if rules.tree]
-    others = [rules for rules in releases if not rules.tree]
-    mechanisms: list[Mechanism] = list(_worst(others))
-    if trees:
-        least = min(rules.noise_multiplier for rules in trees)
-        mechanisms.append(TreeGaussian(least, len(trees), min(rules.min_separation for rules in trees)))
+    joint = [rules for rules in releases if rules.joint]
+    mechanisms: list[Mechanism] = _worst([rules for rules in releases if not rules.joint])
+    if joint:
+        least = min(rules.noise_multiplier for rules in joint)
+        about = least, len(joint), min(rules.min_separation for rules in joint)
+        mechanisms.append(TreeGaussian(*about) if joint[0].tree else BandedGaussian(*about, joint[0].bands))
     return PrivacyLoss(tuple(mechanisms))
 
 
@@ -233,8 +253,9 @@ def ledger_of(
     assert policy.cohort is not None
     if clip_quantile is not None and releases:
         clip_norm = releases[-1].next_clip_norm
+    bands = min(MOST_BANDS, policy.min_separation) if policy.mechanism == "dp-mf" else 1
     rules = ReleaseRules(
-        policy.mechanism, 1.0, clip_norm, policy.cohort, policy.min_separation, rate, clip_quantile
+        policy.mechanism, 1.0, clip_norm, policy.cohort, policy.min_separation, rate, clip_quantile, bands
     )
     multiplier = policy.noise_multiplier
     if multiplier is None:
@@ -256,8 +277,8 @@ def _computed(
 ) -> float:
     """Return the least noise multiplier with which all that is planned keeps to the target."""
     assert policy.target_epsilon is not None
-    # The noise of a tree is that of all its steps, and stays as it began.
-    if releases and rules.tree:
+    # Joint noise is that of all its steps, and stays as it began.
+    if releases and rules.joint:
         return releases[-1].rules.noise_multiplier
     if planned is None:
         raise UsageError("target_epsilon needs rounds: noise is computed for all of them")
@@ -280,9 +301,9 @@ def _computed(
 def _check_same(before: ReleaseRules, now: ReleaseRules) -> None:
     """Raise `UsageError` where releases of the run by other rules leave no loss that could be told."""
     fixed = ["mechanism", "min_separation", "rate"]
-    if before.tree:
-        # All steps of a tree share the noise of its nodes.
-        fixed += ["noise_multiplier", "clip_norm", "cohort"]
+    if before.joint:
+        # All steps share the noise.
+        fixed += ["noise_multiplier", "clip_norm", "cohort", "bands"]
     for name in fixed:
         if getattr(before, name) != getattr(now, name):
             raise UsageError(

@@ -10,7 +10,7 @@ noisy sum of the first t rounds has the noise of the nodes in which the binary d
     N(t) = sum_j node(j, t >> j)   over the levels j whose bit of t is 1
 
 A round adds N(t) - N(t - 1), so that the model, which is a sum over rounds, carries N(t): about log2(t) nodes,
-where independent noise would carry t.
+where independent noise would carry t. Banded noise (`fedgrpc.privacy.banded`) adds up the last rounds' streams.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from fedgrpc.codec.layout import Array
+from fedgrpc.privacy.banded import coefficients
 from fedgrpc.privacy.streams import RandomStream, derived_key
 
 
@@ -29,11 +30,13 @@ class RoundNoise:
     """Standard normal noise of one round, by tensor; `key` is the run's noise key (32 bytes), secret for ever.
 
     `step` counts noisy releases from 1. `tree`: differences of a tree's noise in place of independent noise.
+    `bands`: how many rounds a round's noise is of; 1: it is independent.
     """
 
     key: bytes
     step: int
     tree: bool = False
+    bands: int = 1
 
     def __post_init__(self) -> None:
         if self.step < 1:
@@ -42,17 +45,24 @@ class RoundNoise:
     def normals(self, tensor: str, count: int, start: int = 0) -> Array:
         """Return the noise of `tensor` in this round: `count` float64, to be scaled by the standard deviation.
 
-        Independent: of the standard normal distribution. In a tree: N(step) - N(step - 1). Those from element
-        `start` on, a multiple of 8, are the same however the tensor is cut.
+        Independent: of the standard normal distribution. In a tree: N(step) - N(step - 1). Banded: the sum of
+        d_j z(step - j). Those from element `start` on, a multiple of 8, are the same however the tensor is cut.
         """
         if not self.tree:
-            return self._stream("round", self.step, 0, tensor, start).normals(count)
+            return self._banded(tensor, count, start)
         added, removed = set(_nodes(self.step)), set(_nodes(self.step - 1))
         total = np.zeros(count)
         for level, node in sorted(added - removed):
             total += self._stream("node", node, level, tensor, start).normals(count)
         for level, node in sorted(removed - added):
             total -= self._stream("node", node, level, tensor, start).normals(count)
+        return total
+
+    def _banded(self, tensor: str, count: int, start: int) -> Array:
+        # The first is 1 times the round's own stream: without bands nothing is added or multiplied.
+        total = self._stream("round", self.step, 0, tensor, start).normals(count)
+        for before, factor in enumerate(coefficients(min(self.bands, self.step))[1:], start=1):
+            total += factor * self._stream("round", self.step - before, 0, tensor, start).normals(count)
         return total
 
     def of_count(self) -> float:

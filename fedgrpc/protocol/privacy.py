@@ -9,6 +9,7 @@ from fedgrpc.v1 import privacy_pb2
 _MECHANISMS = {
     "gaussian": privacy_pb2.PRIVACY_MECHANISM_GAUSSIAN,
     "dp-ftrl": privacy_pb2.PRIVACY_MECHANISM_DP_FTRL,
+    "dp-mf": privacy_pb2.PRIVACY_MECHANISM_DP_MF,
 }
 
 
@@ -42,6 +43,7 @@ def rules_to_proto(rules: ReleaseRules) -> privacy_pb2.ReleaseRules:
         min_separation=rules.min_separation,
         rate=rules.rate,
         clip_quantile=rules.clip_quantile,
+        bands=rules.bands,
     )
 
 
@@ -57,6 +59,7 @@ def rules_from_proto(message: privacy_pb2.ReleaseRules) -> ReleaseRules:
                 message.min_separation,
                 message.rate if message.HasField("rate") else None,
                 message.clip_quantile if message.HasField("clip_quantile") else None,
+                message.bands,
             )
     raise LayoutError(f"unknown privacy mechanism {message.mechanism}")
 

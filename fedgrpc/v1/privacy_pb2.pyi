@@ -12,12 +12,14 @@ class PrivacyMechanism(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     PRIVACY_MECHANISM_UNSPECIFIED: _ClassVar[PrivacyMechanism]
     PRIVACY_MECHANISM_GAUSSIAN: _ClassVar[PrivacyMechanism]
     PRIVACY_MECHANISM_DP_FTRL: _ClassVar[PrivacyMechanism]
+    PRIVACY_MECHANISM_DP_MF: _ClassVar[PrivacyMechanism]
 PRIVACY_MECHANISM_UNSPECIFIED: PrivacyMechanism
 PRIVACY_MECHANISM_GAUSSIAN: PrivacyMechanism
 PRIVACY_MECHANISM_DP_FTRL: PrivacyMechanism
+PRIVACY_MECHANISM_DP_MF: PrivacyMechanism
 
 class ReleaseRules(_message.Message):
-    __slots__ = ("mechanism", "noise_multiplier", "clip_norm", "cohort", "min_separation", "rate", "clip_quantile")
+    __slots__ = ("mechanism", "noise_multiplier", "clip_norm", "cohort", "min_separation", "rate", "clip_quantile", "bands")
     MECHANISM_FIELD_NUMBER: _ClassVar[int]
     NOISE_MULTIPLIER_FIELD_NUMBER: _ClassVar[int]
     CLIP_NORM_FIELD_NUMBER: _ClassVar[int]
@@ -25,6 +27,7 @@ class ReleaseRules(_message.Message):
     MIN_SEPARATION_FIELD_NUMBER: _ClassVar[int]
     RATE_FIELD_NUMBER: _ClassVar[int]
     CLIP_QUANTILE_FIELD_NUMBER: _ClassVar[int]
+    BANDS_FIELD_NUMBER: _ClassVar[int]
     mechanism: PrivacyMechanism
     noise_multiplier: float
     clip_norm: float
@@ -32,7 +35,8 @@ class ReleaseRules(_message.Message):
     min_separation: int
     rate: float
     clip_quantile: float
-    def __init__(self, mechanism: _Optional[_Union[PrivacyMechanism, str]] = ..., noise_multiplier: _Optional[float] = ..., clip_norm: _Optional[float] = ..., cohort: _Optional[int] = ..., min_separation: _Optional[int] = ..., rate: _Optional[float] = ..., clip_quantile: _Optional[float] = ...) -> None: ...
+    bands: int
+    def __init__(self, mechanism: _Optional[_Union[PrivacyMechanism, str]] = ..., noise_multiplier: _Optional[float] = ..., clip_norm: _Optional[float] = ..., cohort: _Optional[int] = ..., min_separation: _Optional[int] = ..., rate: _Optional[float] = ..., clip_quantile: _Optional[float] = ..., bands: _Optional[int] = ...) -> None: ...
 
 class PrivateRelease(_message.Message):
     __slots__ = ("step", "round", "version", "count", "updates", "rules", "next_clip_norm")

@@ -81,6 +81,18 @@ async def test_the_model_under_dp_ftrl_carries_the_noise_of_a_tree(tmp_path):
         np.testing.assert_allclose(weights[name] - first, noise.reshape(first.shape), rtol=1e-4, atol=1e-5)
 
 
+async def test_the_model_under_dp_mf_carries_the_noise_of_a_band(tmp_path):
+    policy = PrivacyPolicy("dp-mf", noise_multiplier=1.0, cohort=1, min_separation=2)
+    alone = {"min_workers": 1, "max_participants": 1}
+    weights, _, _ = await run_of(tmp_path, 3, 0.0, privacy=policy, clip_norm=1.0, rounds=3, policy=alone)
+    key = key_of(tmp_path)
+    for name, first in MODEL.items():
+        drawn = [RoundNoise(key, step).normals(name, first.size) for step in (1, 2, 3)]
+        # Half of each round's noise is taken back in the next one.
+        noise = 0.5 * drawn[0] + 0.5 * drawn[1] + drawn[2]
+        np.testing.assert_allclose(weights[name] - first, noise.reshape(first.shape), rtol=1e-4, atol=1e-5)
+
+
 async def test_the_clip_norm_follows_the_quantile_of_norms_and_devices_get_it_with_their_task(tmp_path):
     adaptive = {"clip_quantile": 0.5, "rounds": 3}
     weights, _, _ = await run_of(tmp_path, **adaptive)

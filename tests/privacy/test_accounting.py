@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from fedgrpc.privacy.accounting import (
     ORDERS,
+    BandedGaussian,
     Gaussian,
     PrivacyLoss,
     SampledGaussian,
@@ -120,6 +121,6 @@ def test_more_releases_never_cost_less() -> None:
 
 @pytest.mark.parametrize("wrong", [0.0, -1.0, math.nan, math.inf])
 def test_noise_that_is_none_is_refused(wrong: float) -> None:
-    for mechanism, *rest in ((Gaussian,), (SampledGaussian, 0.5), (TreeGaussian, 1, 1)):
+    for mechanism, *rest in ((Gaussian,), (SampledGaussian, 0.5), (TreeGaussian, 1, 1), (BandedGaussian, 1, 1, 1)):
         with pytest.raises(ValueError, match="noise multiplier"):
             mechanism(wrong, *rest)

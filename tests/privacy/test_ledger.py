@@ -72,6 +72,16 @@ def test_a_device_rests_until_enough_versions_have_been_released():
         ledger = ledger.entered(ledger.release_of(step, step, []))
 
 
+def test_a_device_rests_from_the_last_release_of_its_round_if_that_was_entered_twice():
+    """The second sum was released. Counted from the first, the device would be back one version too soon."""
+    ledger = replace(LEDGER, rules=replace(RULES, min_separation=3)).chosen(["pi"])
+    ledger = ledger.entered(ledger.release_of(1, 2, ["a", "b"]))
+    ledger = ledger.entered(ledger.release_of(1, 2, ["a"]))
+    for number, resting in ((2, True), (3, True), (4, False)):
+        assert ("pi" in ledger.resting) is resting, number
+        ledger = ledger.entered(ledger.release_of(number, number, []))
+
+
 def test_without_a_separation_nobody_rests():
     assert not LEDGER.chosen(["pi"]).resting
 
@@ -103,6 +113,16 @@ def test_a_tree_keeps_the_noise_with_which_it_began():
         ledger_of(policy, 2.0, None, 10, former.releases)
 
 
+def test_banded_noise_is_of_as_many_rounds_as_devices_rest_up_to_a_bound_and_stays():
+    policy = PrivacyPolicy("dp-mf", target_epsilon=2.0, cohort=10, min_separation=4)
+    ledger = ledger_of(policy, 1.0, None, 20)
+    assert (ledger.rules.bands, ledger.epsilon(more=20)) == (4, pytest.approx(2.0, rel=1e-5))
+    former = after(ledger, 10)
+    assert former.epsilon(more=10) == ledger.epsilon(more=20)
+    assert ledger_of(policy, 1.0, None, 30, former.releases).rules == former.rules
+    assert ledger_of(replace(policy, min_separation=1000), 1.0, None, 20).rules.bands == 64
+
+
 @pytest.mark.parametrize(
     "changed", [{"mechanism": "dp-ftrl"}, {"min_separation": 2}], ids=["mechanism", "min_separation"]
 )
@@ -120,6 +140,7 @@ def test_what_the_loss_rests_on_does_not_change_within_a_run(changed):
         ({"mechanism": "laplace"}, "gaussian"),
         ({"mechanism": "gaussian", "cohort": 5}, "either noise_multiplier or target_epsilon"),
         ({"mechanism": "gaussian", "noise_multiplier": 1.0}, "privacy_cohort"),
+        ({"mechanism": "dp-mf", "noise_multiplier": 1.0, "cohort": 5}, "min_separation"),
         ({"mechanism": "gaussian", "noise_multiplier": math.inf, "cohort": 5}, "noise_multiplier"),
         ({"noise_multiplier": 1.0}, "go with privacy"),
         ({"delta": 1.0}, "delta"),
