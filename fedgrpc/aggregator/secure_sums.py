@@ -81,6 +81,7 @@ class SecureSums:
             np.random.default_rng(secrets.randbits(128)),
             colluding=settings.secure.secure_colluding,
             least=settings.policy.quorum,
+            degree=settings.secure.secure_neighbours,
             phase_s=settings.policy.lease_s,
             now=self._shell.clock(),
         )

@@ -301,13 +301,14 @@ class AggregatorSettings:
         if not self.secure.on:
             return
         policy, privacy, quorum = self.policy, self.privacy, self.policy.quorum
+        degree = degree_of(max(2, quorum), self.secure.secure_neighbours)
         refused = {
             "needs clip_norm, from which the first bounds of values follow": self.clip_norm is None,
             f"needs quorum = {LEAST_DEVICES} or more: of two updates, the sum tells each device the other's": (
                 quorum < LEAST_DEVICES
             ),
             "needs a larger quorum: one that the threshold for secure_colluding leaves able to answer": (
-                threshold_of(degree_of(max(2, quorum)), self.secure.secure_colluding) > degree_of(max(2, quorum))
+                threshold_of(degree, self.secure.secure_colluding) > degree
             ),
             "goes without late = 'carry': masks cancel within one round": policy.late == "carry",
             "goes without privacy: rounding and what devices leave out are not accounted": privacy.on,

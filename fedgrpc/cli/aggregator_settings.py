@@ -299,6 +299,11 @@ SETTINGS: list[Setting] = [
         "With --max-examples: an update weighs its examples, in so many bits; 0: all weigh the same.",
     ),
     _secure(
+        "--secure-neighbours",
+        "Neighbours that a device shares masks with, an even number: fewer cost less, and bear fewer losses. "
+        "0: all others up to 100 devices.",
+    ),
+    _secure(
         "--secure-colluding",
         "So many neighbours of a device may work with the aggregator and learn nothing more; more must answer.",
     ),

@@ -1,7 +1,8 @@
 """Masking graph of a round: which devices agree on masks with each other (SecAgg+, eprint 2020/704).
 
-Up to 100 devices each is a neighbour of all others. Above, each has an even `degree` of them on a ring of a random
-order. The aggregator draws the order anew each round, so nobody can choose its neighbours.
+Up to 100 devices each is a neighbour of all others. Above, or where fewer are wanted, each has an even `degree`
+of them on a ring of a random order. The aggregator draws the order anew each round, so no device can choose its
+neighbours.
 """
 
 from __future__ import annotations
@@ -18,9 +19,12 @@ COMPLETE_UP_TO: Final = 100
 _DEGREE_PER_DOUBLING: Final = 15
 
 
-def neighbours(names: Sequence[str], rng: np.random.Generator) -> Mapping[str, tuple[str, ...]]:
-    """Return the neighbours of each of `names` (distinct), sorted. Being a neighbour is mutual."""
-    degree = degree_of(len(names))
+def neighbours(names: Sequence[str], rng: np.random.Generator, wanted: int = 0) -> Mapping[str, tuple[str, ...]]:
+    """Return the neighbours of each of `names` (distinct), sorted. Being a neighbour is mutual.
+
+    `wanted` is as in `degree_of`.
+    """
+    degree = degree_of(len(names), wanted)
     if degree == len(names) - 1:
         return {name: tuple(sorted(set(names) - {name})) for name in names}
     ring = [sorted(names)[place] for place in rng.permutation(len(names))]
@@ -30,8 +34,13 @@ def neighbours(names: Sequence[str], rng: np.random.Generator) -> Mapping[str, t
     }
 
 
-def degree_of(count: int) -> int:
-    """Return the number of neighbours of each of `count` devices."""
+def degree_of(count: int, wanted: int = 0) -> int:
+    """Return the number of neighbours of each of `count` devices: `wanted` (even), or all if there are fewer.
+
+    0: so many that a third of all may drop out.
+    """
+    if wanted:
+        return min(count - 1, wanted)
     if count <= COMPLETE_UP_TO:
         return count - 1
     return min(count - 1, 2 * math.ceil(_DEGREE_PER_DOUBLING * math.log2(count) / 2))

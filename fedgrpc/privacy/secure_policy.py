@@ -17,12 +17,14 @@ class SecurePolicy:
 
     Values of updates become integers of `secure_bits`; None: updates travel as they are. With `secure_weight_bits`
     an update weighs its examples, up to `max_examples`, in so many bits; with 0 all weigh the same.
-    `secure_colluding` neighbours of a device may work with the aggregator and learn nothing more.
+    `secure_colluding` neighbours of a device may work with the aggregator and learn nothing more. A device has
+    `secure_neighbours`, an even number; 0: all others up to 100 devices, and about 15 log2(n) of n above.
     """
 
     secure_bits: int | None = None
     secure_weight_bits: int = 0
     secure_colluding: int = 0
+    secure_neighbours: int = 0
 
     def __post_init__(self) -> None:
         if self.secure_bits is not None and not 2 <= self.secure_bits <= 24:
@@ -31,8 +33,12 @@ class SecurePolicy:
             raise UsageError(f"secure_weight_bits is a number from 0 to 16, not {self.secure_weight_bits}")
         if self.secure_colluding < 0:
             raise UsageError(f"secure_colluding is a number from 0, not {self.secure_colluding}")
-        if not self.on and (self.secure_weight_bits or self.secure_colluding):
-            raise UsageError("secure_weight_bits and secure_colluding go with secure_aggregation")
+        if self.secure_neighbours and self.secure_neighbours not in range(4, 1024, 2):
+            raise UsageError(
+                f"secure_neighbours is 0 or an even number from 4 to 1022, not {self.secure_neighbours}"
+            )
+        if not self.on and (self.secure_weight_bits or self.secure_colluding or self.secure_neighbours):
+            raise UsageError("secure_weight_bits, secure_colluding, secure_neighbours go with secure_aggregation")
 
     @property
     def on(self) -> bool:

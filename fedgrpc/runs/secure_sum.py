@@ -40,11 +40,15 @@ class SecureSum:
         *,
         colluding: int,
         least: int,
+        degree: int = 0,
         phase_s: float,
         now: float,
     ) -> SecureSum:
-        """Return the sum of the devices with these one-time keys, before any has shared; `rng` draws the graph."""
-        graph = neighbours(sorted(keys), rng)
+        """Return the sum of the devices with these one-time keys, before any has shared; `rng` draws the graph.
+
+        `degree` is the number of neighbours, as `wanted` in `degree_of`.
+        """
+        graph = neighbours(sorted(keys), rng, degree)
         state = SecureRound(
             session,
             dict(keys),

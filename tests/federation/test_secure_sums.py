@@ -194,6 +194,40 @@ async def test_one_of_five_workers_dies_and_the_sum_of_all_who_arrived_is_right(
     moved(weights, [0.1 * (k + 1) for k in range(counts)], sum_)
 
 
+@pytest.mark.faults
+async def test_of_24_workers_with_12_neighbours_each_a_third_dies_and_the_sum_is_right(
+    tmp_path, watched, killed, monkeypatch
+):
+    """Two die before they share, two in training, two before they confirm, two before they answer."""
+    names = sorted(f"w{k}" for k in range(24))
+    # The aggregator draws the ring by this number. Every third on it dies, so 8 of 12 neighbours are left.
+    monkeypatch.setattr(secure_sums.secrets, "randbits", lambda bits: 7)
+    dead = [names[place] for place in np.random.default_rng(7).permutation(24)[::3]]
+    changes = changes_for(tmp_path, 24, policy={"lease_s": 15.0})
+    changes["secure"] = SecurePolicy(secure_bits=8, secure_neighbours=12)
+    async with running_aggregator(tmp_path, **changes) as running:
+        loop = asyncio.get_running_loop()
+        killed.moments |= dict(zip(dead[2:], ["shares"] * 2 + ["proofs"] * 2 + ["answers"] * 2, strict=True))
+
+        def dies_in_training(name):
+            return DiesInTraining(lambda: loop.call_soon_threadsafe(killed.kill, name))
+
+        start_all(running, tmp_path, killed, 24, {name: dies_in_training(name) for name in dead[:2]})
+        await running.until_finished()
+        weights, (round_,) = running.weights(2), await running.rounds()
+        await ended(killed)
+    assert round_.phase == round_pb2.ROUND_PHASE_COMMITTED, round_.reason
+    assert sorted(killed.killed) == sorted(dead)
+    ((sum_, total),) = watched.sums
+    assert {len(around) for around in sum_.state.graph.values()} == {12}
+    # Who shared nothing is in no sum; who died in training has masks in it, and no update.
+    assert sum_.state.arrived == set(names) - set(dead[:4])
+    assert np.array_equal(total, sum(watched.plain))
+    assert len(watched.plain) == 20
+    means = sum_.vector.means(total)
+    assert all(np.array_equal(weights[name], (MODEL[name] + means[name]).astype(np.float32)) for name in MODEL)
+
+
 async def test_a_round_is_abandoned_with_its_reason_when_too_few_can_answer(tmp_path, watched, killed):
     async with running_aggregator(tmp_path, **changes_for(tmp_path, 4, policy=SHORT)) as running:
         # Three neighbours have each device's secrets, and two of them must answer.
@@ -517,6 +551,10 @@ async def test_an_aggregator_that_is_killed_in_any_phase_goes_on_with_the_sum(
         ({"local_models": PlanTable(LocalModelPlan(width=0.5))}, "local_models"),
         ({"plan": TrainingPlan(algorithm="qfedavg:q=1", learning_rate=0.1)}, "differences"),
         ({"secure": SecurePolicy(8, secure_colluding=2)}, "secure_colluding"),
+        (
+            {"secure": SecurePolicy(8, secure_colluding=4, secure_neighbours=4), "policy": RoundPolicy(quorum=20)},
+            "secure_colluding",
+        ),
         ({"privacy": PrivacyPolicy("gaussian", noise_multiplier=1.0, cohort=4)}, "privacy"),
     ],
 )

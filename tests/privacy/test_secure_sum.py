@@ -349,12 +349,17 @@ class TestParticipant:
         assert repr(Secrets(bytes(range(32)))) == "Secrets()"
 
 
-@given(count=st.one_of(st.integers(2, 130), st.sampled_from([256, 999])), seed=st.integers(0, 1000))
-@settings(max_examples=15)
-def test_neighbours_are_mutual_and_as_many_as_the_degree_says(count: int, seed: int) -> None:
+@given(
+    count=st.one_of(st.integers(2, 130), st.sampled_from([256, 999])),
+    seed=st.integers(0, 1000),
+    wanted=st.sampled_from([0, 4, 6, 50]),
+)
+@settings(max_examples=30)
+def test_neighbours_are_mutual_and_as_many_as_the_degree_says(count: int, seed: int, wanted: int) -> None:
     names = [str(number) for number in range(count)]
-    graph = neighbours(names, np.random.default_rng(seed))
-    assert {len(around) for around in graph.values()} == {degree_of(count)}
+    graph = neighbours(names, np.random.default_rng(seed), wanted)
+    assert {len(around) for around in graph.values()} == {degree_of(count, wanted)}
+    assert degree_of(count, wanted) == min(count - 1, wanted or degree_of(count))
     assert all(name in graph[other] and other != name for name in names for other in graph[name])
     assert len({len(set(around)) for around in graph.values()}) == 1
 
