@@ -21,7 +21,7 @@ from fedgrpc.protocol.records import jump_to_proto
 from fedgrpc.rounds.policy import TaskKind
 from fedgrpc.rounds.round import RoundPhase
 from fedgrpc.rounds.version import Version
-from fedgrpc.rpc.retry import Backoff, Retries
+from fedgrpc.rpc.retry import Backoff
 from fedgrpc.runs.events import (
     Ending,
     EndReason,
@@ -56,7 +56,8 @@ class OwnRounds:
         self._new_version = NewVersion(
             coordinator.machine, coordinator.settings, updates, coordinator.models, coordinator.local_models
         )
-        self._abandoned = Retries(_AFTER_ABANDONED)
+        # Rounds in a row that were abandoned.
+        self.abandoned = 0
         self._log = log.bind(run=self._settings.run_name)
 
     async def recover(self, recovery: Recovery) -> None:
@@ -89,14 +90,16 @@ class OwnRounds:
         """See `RoundSource.ended`. After an abandoned round: rest, or pause where the next would end alike."""
         coordinator, run = self._coordinator, self._run
         if round_.state.phase is RoundPhase.COMMITTED:
-            self._abandoned.reset()
+            self.abandoned = 0
         elif round_.kind is TaskKind.EVALUATE or run.ended or run.rolling_back is not None:
             return
         elif reason := run.hopeless(round_, coordinator.candidates, coordinator.clock()):
-            self._abandoned.reset()
+            self.abandoned = 0
             await self._upkeep.until_stored(partial(coordinator.pause_itself, reason))
         else:
-            await self._rest(self._abandoned.next_delay_s())
+            # Without jitter: there is one aggregator, and a simulation of it is the same each time.
+            await self._rest(_AFTER_ABANDONED.ceiling_s(self.abandoned))
+            self.abandoned += 1
 
     async def _rest(self, seconds: float) -> None:
         """Wait, even if workers poll meanwhile: rounds that fail at once must not spin."""

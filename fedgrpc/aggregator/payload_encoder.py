@@ -126,8 +126,6 @@ class PayloadEncoder:
         self._models = models
         self._bases = bases
         self._find_channels = find_channels
-        # Sizes of the whole models, by recipe and sub-model: a difference has to be worth its bytes.
-        self._whole_bytes: dict[tuple[Recipe, str], int] = {}
         # Part of each file's name: while an old payload of a version is read a new one may be written.
         self._numbers = count(1)
 
@@ -159,9 +157,8 @@ class PayloadEncoder:
                 return None
         key = (variant.version, manifest.digest, variant.sub_model_name)
         assert variant.whole is not None
-        # Known once some worker has pulled the whole in this recipe. It is not encoded only to compare.
-        whole_bytes = self._whole_bytes.get((variant.whole, variant.sub_model_name))
-        if whole_bytes is not None and manifest.size_bytes > _SLACK * whole_bytes:
+        # What the whole takes at most, and not what one took: a process that was restarted knows of none.
+        if manifest.size_bytes > _SLACK * most_bytes(variant.whole.for_layout(model.layout), layout):
             self._bases.forget(key)
             Path(file.name).unlink(missing_ok=True)
             return None
@@ -191,8 +188,6 @@ class PayloadEncoder:
         source = PayloadSource(variant.version, layout, tensors, None, variant.sub_model_name)
         with self._payload_file(variant.version) as file:
             manifest = _write(source, recipe, file, self._bases if variant.kept else None)
-        if variant.kept:
-            self._whole_bytes[variant.recipe, variant.sub_model_name] = manifest.size_bytes
         payload = _open_payload(Path(file.name), 0, manifest)
         return EncodedModel(variant.version, manifest, payload)
 
@@ -259,6 +254,11 @@ class _CutTensors(Mapping[str, Array]):
 
     def __len__(self) -> int:
         return sum(1 for _ in self)
+
+
+def most_bytes(recipe: Recipe, layout: Layout) -> int:
+    """Return the most bytes of a model in a recipe, before compression."""
+    return sum(recipe.for_tensor(spec).size_bounds(spec)[1] for spec in layout)
 
 
 def _is_raw(recipe: Recipe, layout: Layout) -> bool:

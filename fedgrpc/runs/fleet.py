@@ -146,6 +146,12 @@ class Fleet(Generic[M]):
         self._doubted.update(doubted)
         return doubted
 
+    def recall(self, name: str, last_seen: float, trust: Punctuality) -> None:
+        """Take a worker to where a former process has left it. Raises `UnknownWorker`."""
+        worker = self.get(name)
+        worker.last_seen, worker.trust = last_seen, trust
+        self._doubted.add(name)
+
 
 class FleetView(Protocol):
     """Questions of a run to its fleet, of whatever kind."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -9,6 +10,7 @@ from typing import Any, Literal
 import numpy as np
 
 from fedgrpc.rounds.events import Progress, TaskPhase
+from fedgrpc.simulation.draws import DeviceDraws
 from fedgrpc.simulation.fleet import DeviceKind
 from fedgrpc.simulation.traces import Trace
 
@@ -19,12 +21,11 @@ class Devices:
     """All devices; a device is its index. Times in seconds, rates in bytes per second.
 
     Whether a device can be reached is a chain of exponential stretches, or as a trace has it, and played only as
-    far as somebody has asked.
+    far as somebody has asked. What a device draws does not depend on the order in which devices are asked.
     """
 
-    def __init__(
-        self, classes: Sequence[DeviceKind], rng: np.random.Generator, trace: Trace | None = None
-    ) -> None:
+    def __init__(self, classes: Sequence[DeviceKind], seed: int, trace: Trace | None = None) -> None:
+        rng = np.random.default_rng([seed, 1])
         counts = [one.count for one in classes]
         self.classes = tuple(classes)
         self.count = sum(counts)
@@ -43,7 +44,7 @@ class Devices:
         self.examples = self._each([one.examples for one in classes])
         self._session_s = self._each([one.session_s for one in classes])
         self._away_s = self._each([one.away_s for one in classes])
-        self._rng = rng
+        self._draws = DeviceDraws([seed, 2], self.count)
         self.reachable = rng.random(self.count) < self._each([one.available for one in classes])
         self.changes_at = np.where(self._away_s > 0, self._stretch(np.arange(self.count)), np.inf)
         self._traced = None if trace is None else [trace.changes(device) for device in range(self.count)]
@@ -57,7 +58,7 @@ class Devices:
     def _stretch(self, of: np.ndarray) -> np.ndarray:
         """Draw the length of their present stretch."""
         mean_s = np.where(self.reachable[of], self._session_s[of], self._away_s[of])
-        return np.asarray(self._rng.exponential(mean_s))
+        return self._draws.exponentials(of, mean_s)
 
     def advance(self, now: float) -> None:
         """Bring every device to the present."""
@@ -78,8 +79,8 @@ class Devices:
             self.changes_at[devices] = [self._traced[device].next_change() for device in devices]
 
     def state(self) -> dict[str, Any]:
-        """Return where the devices stand, as JSON has it: random draws, and who can be reached for how long."""
-        found: dict[str, Any] = {"rng": self._rng.bit_generator.state}
+        """Return where the devices stand, as JSON has it: draws so far, and who can be reached for how long."""
+        found: dict[str, Any] = {"draws": self._draws.taken.tolist()}
         if self._traced is None and np.isfinite(self.changes_at).any():
             found |= {"reachable": self.reachable.tolist(), "changes_at": self.changes_at.tolist()}
         return found
@@ -89,20 +90,28 @@ class Devices:
 
         A trace is played again as far as somebody asks.
         """
-        self._rng.bit_generator.state = state["rng"]
+        self._draws.taken[:] = self._of_each(state["draws"], np.uint64)
         if "changes_at" in state:
-            reachable, changes_at = np.array(state["reachable"], bool), np.array(state["changes_at"], np.float64)
-            if not reachable.shape == changes_at.shape == (self.count,):
-                raise ValueError(f"a state of {reachable.size} devices, and there are {self.count}")
+            reachable, changes_at = (
+                self._of_each(state["reachable"], bool),
+                self._of_each(state["changes_at"], np.float64),
+            )
             self.reachable, self.changes_at = reachable, changes_at
+
+    def _of_each(self, values: Any, dtype: Any) -> np.ndarray:
+        found = np.array(values, dtype)
+        if found.shape != (self.count,):
+            raise ValueError(f"a state of {found.size} devices, and there are {self.count}")
+        return found
 
     def fails(self, device: int) -> float | None:
         """Draw whether a task fails on the device: after which share of its training; None: it does not."""
-        return float(self._rng.random()) if self._rng.random() < self.failure[device] else None
+        draws = self._draws
+        return draws.uniform(device) if draws.uniform(device) < self.failure[device] else None
 
     def varied(self, device: int, median: float) -> float:
         """Return one draw around the median."""
-        return float(median * np.exp(self.jitter[device] * self._rng.standard_normal()))
+        return float(median * math.exp(self.jitter[device] * self._draws.normal(device)))
 
 
 Fate = Literal["", "merged", "late", "failed", "in vain"]

@@ -71,7 +71,7 @@ class FleetRun:
         self.loop = VirtualLoop()
         self.rng = np.random.default_rng(seed)
         self.variant = variant
-        self.devices = Devices(fleet.classes, np.random.default_rng([seed, 1]))
+        self.devices = Devices(fleet.classes, seed)
         self.jobs: dict[str, Job] = {}
         self.all_jobs: list[Job] = []
         self.busy = np.zeros(self.devices.count, dtype=bool)

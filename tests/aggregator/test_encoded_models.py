@@ -106,6 +106,20 @@ async def test_a_difference_that_is_larger_than_the_model_is_not_sent_and_leaves
         assert len([*tmp_path.glob("delta-bases/000002-*")]) == 1
 
 
+@pytest.mark.parametrize("wholes", [True, False], ids=["same process", "restarted"])
+async def test_what_others_have_pulled_does_not_decide_between_a_difference_and_the_whole(tmp_path, wholes):
+    downlink = Downlink(Recipe.parse("int8+zstd"), Recipe.parse("int8+zstd"))
+    async with versions_in(tmp_path) as versions:
+        versions.write(1)
+        # The whole of it compresses to next to nothing, and the difference to noise does not.
+        write_model(versions.store.path(2), layout_of(versions.weights[1]), [np.zeros((50, 40), np.float32)])
+        held = 1, (await versions.pull(1, downlink=downlink)).manifest.digest
+    async with versions_in(tmp_path) as versions:
+        if wholes:
+            await versions.pull(2, downlink=downlink)
+        assert (await versions.pull(2, held, downlink)).base_version == 1
+
+
 async def test_few_differences_are_made_whatever_workers_hold(tmp_path):
     async with versions_in(tmp_path) as versions:
         versions.write(1, 2, 3, 4, 5, 6)

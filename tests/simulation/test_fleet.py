@@ -112,7 +112,7 @@ def test_failed_tasks_are_replaced_within_the_round() -> None:
 
 
 def test_devices_that_come_and_go_are_reachable_for_their_share_of_the_time() -> None:
-    devices = Devices((replace(EXACT, count=4000, available=0.3, session_s=600.0),), np.random.default_rng(1))
+    devices = Devices((replace(EXACT, count=4000, available=0.3, session_s=600.0),), 1)
     shares = []
     for hour in range(1, 11):
         devices.advance(3600.0 * hour)

@@ -12,25 +12,42 @@ import pytest
 from fedgrpc.aggregator.settings import AggregatorSettings
 from fedgrpc.errors import FedgrpcError, UsageError
 from fedgrpc.rounds.policy import RoundPolicy
+from fedgrpc.rounds.selection import SelectionPolicy
 from fedgrpc.simulation.fleet import DeviceKind
 from fedgrpc.simulation.learning.engines import running_engine
 from fedgrpc.simulation.learning.experiment import Experiment, Learning
 from fedgrpc.simulation.learning.history import History, RoundRow
 from fedgrpc.simulation.learning.run import LearningRun
 from fedgrpc.simulation.learning.versions import version_rows
+from fedgrpc.submodels.plan import LocalModelPlan, Pruning
+from fedgrpc.submodels.plan_table import PlanTable
 from fedgrpc.training_plan import TrainingPlan
 
 TASK = "tests.support.simulated_task:Blobs"
 QUICK = DeviceKind("pi", 8, up_mbit=1.0, down_mbit=4.0, examples_per_s=100.0)
 POLICY = RoundPolicy(min_workers=4, max_participants=4, selection_window_s=0.0, deadline_s=60.0, lease_s=20.0)
+STEADY = replace(QUICK, spread=0.0, jitter=0.0)
+VARYING = replace(QUICK, spread=0.3, jitter=0.3)
+CHURNING = replace(QUICK, available=0.7, session_s=5.0, failure=0.1, jitter=0.3, spread=0.3)
+ASKS_MORE = {"policy": replace(POLICY, over_selection=1.5)}
+INT8 = {"download_recipe": "int8+zstd"}
+ENTROPY = {**INT8, "upload_recipe": "entropy:c=3+zstd", "difference_recipe": "entropy:c=1+zstd"}
+DIGITS = {"task": "fedgrpc.tasks.digits", "model": "mlp"}
+SCAFFOLD = TrainingPlan(1.0, learning_rate=0.1, momentum=0.0, algorithm="scaffold")
+PRUNED = {
+    **INT8,
+    "learning": DIGITS,
+    "local_models": PlanTable(LocalModelPlan(0.5), {"pi": LocalModelPlan(pruning=Pruning(0.5))}),
+}
 
 
 def _experiment(*classes: DeviceKind, learning: dict[str, Any] | None = None, **changes: Any) -> Experiment:
     values = {"rounds": 5, "upload_recipe": "int4+zstd", "download_recipe": "int8+zstd", "seed": 3, **changes}
+    learns = {"task": TASK, "partition": "dirichlet:0.5", **(learning or {})}
     settings = AggregatorSettings(
         Path(), policy=values.pop("policy", POLICY), plan=values.pop("plan", TrainingPlan(epochs=2.0)), **values
     )
-    return Experiment(classes or (QUICK,), Learning(TASK, partition="dirichlet:0.5", **(learning or {})), settings)
+    return Experiment(classes or (QUICK,), Learning(**learns), settings)
 
 
 def _play(experiment: Experiment, folder: Path, engine: str = "inline", jobs: int = 1, **more: Any) -> History:
@@ -54,8 +71,7 @@ def test_it_learns_and_tells_what_that_took(tmp_path: Path) -> None:
 
 
 def test_every_engine_and_number_of_processes_gives_the_same_bytes(tmp_path: Path) -> None:
-    churning = replace(QUICK, available=0.7, session_s=5.0, failure=0.1, jitter=0.3, spread=0.3)
-    experiment = _experiment(churning, policy=replace(POLICY, over_selection=1.5))
+    experiment = _experiment(CHURNING, **ASKS_MORE)
     inline = _play(experiment, tmp_path / "inline")
     assert inline.rows[-1].version == 6
     pooled = _play(experiment, tmp_path / "pool", "processes", 2)
@@ -67,28 +83,30 @@ class _Interrupted(Exception):
     pass
 
 
-STEADY = replace(QUICK, spread=0.0, jitter=0.0)
-VARYING = replace(QUICK, spread=0.3, jitter=0.3)
+def _faults(*values: Any, engine: str = "inline") -> Any:
+    return pytest.param(*values, engine, marks=pytest.mark.faults)
 
 
 @pytest.mark.parametrize(
-    ("kind", "encoding", "after"),
+    ("kind", "settings", "after", "engine"),
     [
-        (STEADY, "raw", 2),
-        (VARYING, "int8+zstd", 3),
-        # Of a model and its difference that are about as large, a new process may send the other one. So int8 is
-        # cut off only where it does not.
-        *(
-            pytest.param(kind, encoding, after, marks=pytest.mark.faults)
-            for kind in (STEADY, VARYING)
-            for encoding, after in (("raw", 0), ("raw", 4), ("int8+zstd", 0))
-        ),
+        (VARYING, INT8, 5, "inline"),
+        (CHURNING, {**ASKS_MORE, **ENTROPY}, 4, "inline"),
+        _faults(STEADY, {"download_recipe": "raw"}, 0),
+        _faults(VARYING, {**INT8, "choosing": SelectionPolicy("oort", learn_deadline=True)}, 4),
+        _faults(replace(CHURNING, count=20), {**ASKS_MORE, **INT8, "server_optimizer": "fedadam"}, 3),
+        _faults(CHURNING, {**ASKS_MORE, **INT8}, 5, engine="processes"),
+        _faults(CHURNING, {**ASKS_MORE, "download_recipe": "auto", "upload_recipe": "auto"}, 4),
+        _faults(CHURNING, {**ASKS_MORE, **PRUNED}, 4),
+        _faults(CHURNING, {**INT8, "learning": DIGITS, "plan": SCAFFOLD}, 4),
+        # Rounds that lack updates are abandoned, and rest the longer the more of them there were.
+        _faults(CHURNING, {"policy": replace(POLICY, quorum=4, deadline_s=6.0, lease_s=4.0)}, 7),
     ],
 )
-def test_a_simulation_that_was_cut_off_makes_the_same_versions_when_it_goes_on(
-    kind: DeviceKind, encoding: str, after: int, tmp_path: Path
+def test_a_simulation_that_was_cut_off_goes_on_as_if_it_had_not_been(
+    kind: DeviceKind, settings: dict[str, Any], after: int, engine: str, tmp_path: Path
 ) -> None:
-    experiment = _experiment(kind, download_recipe=encoding)
+    experiment = _experiment(kind, **{"rounds": 7, **settings})
     whole = _play(experiment, tmp_path / "whole")
 
     def interrupt(row: RoundRow, part: float) -> None:
@@ -96,15 +114,21 @@ def test_a_simulation_that_was_cut_off_makes_the_same_versions_when_it_goes_on(
             raise _Interrupted
 
     with pytest.raises(_Interrupted):
-        _play(experiment, tmp_path / "cut", show=interrupt)
-    resumed = _play(experiment, tmp_path / "cut")
+        _play(experiment, tmp_path / "cut", engine, jobs=2, show=interrupt)
+    resumed = _play(experiment, tmp_path / "cut", engine, jobs=2)
+    assert [replace(row, cpu_s=0.0) for row in resumed.rows] == [replace(row, cpu_s=0.0) for row in whole.rows]
+    assert resumed.scores() == whole.scores()
 
-    # What is made again, made of the same residuals, models, seeds and draws, has the same bytes.
-    def made(history: History) -> list[tuple[int, str, tuple[str, ...], int, int]]:
-        rows = [row for row in history.rows if row.committed]
-        return [(row.version, row.sha256, row.workers, row.up_bytes, row.down_bytes) for row in rows]
 
-    assert made(resumed) == made(whole)
+def test_a_simulation_whose_hours_are_over_scores_nothing_once_more_when_it_is_resumed(tmp_path: Path) -> None:
+    experiment = _experiment()
+    hours = 12 / 3600
+    before = _play(experiment, tmp_path, hours=hours)
+    evaluator = tmp_path / "devices" / "clients" / "evaluator"
+    scored_at = evaluator.stat().st_mtime_ns
+    after = _play(experiment, tmp_path, hours=hours)
+    assert after.scores() == before.scores()
+    assert evaluator.stat().st_mtime_ns == scored_at
 
 
 def test_virtual_hours_end_it_and_it_goes_on_from_there(tmp_path: Path) -> None:

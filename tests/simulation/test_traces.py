@@ -39,7 +39,7 @@ def test_devices_come_and_go_as_the_trace_says_period_after_period(cuts: list[li
         for number, each in enumerate(cuts)
     }
     trace = trace_of(stretches, 100.0)
-    devices = Devices((KIND,), np.random.default_rng(0), trace)
+    devices = Devices((KIND,), 0, trace)
     for time_s in np.arange(0.5, 350.0, 1.0):
         assert [devices.advance_one(device, time_s) for device in range(3)] == [
             _reachable_at(trace, device, time_s) for device in range(3)

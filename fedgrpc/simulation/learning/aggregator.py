@@ -7,8 +7,9 @@ is what a network needs: connections, authentication, slots for uploads.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
 from functools import partial
+from types import MappingProxyType
 
 from fedgrpc.aggregator.coordinator import Coordinator
 from fedgrpc.aggregator.driver import Driver, Upkeep
@@ -30,29 +31,53 @@ from fedgrpc.metrics import Metrics
 from fedgrpc.protocol.descriptions import ModelDescription
 from fedgrpc.protocol.devices import bounded_registration
 from fedgrpc.rounds.events import Progress, TaskPhase
+from fedgrpc.rounds.history import Histories, Punctuality
 from fedgrpc.rounds.version import Version
-from fedgrpc.runs.events import RunPhase
+from fedgrpc.runs.evaluations import Evaluation
+from fedgrpc.runs.events import Evaluated, RunPhase
 from fedgrpc.runs.machine import RunMachine
 from fedgrpc.runs.merge import Merge
 from fedgrpc.runs.round_in_progress import RoundInProgress
 from fedgrpc.runs.task_context import Report
 from fedgrpc.storage.database import DATABASE
 from fedgrpc.storage.run_store import RunStore
+from fedgrpc.storage.task_rows import TaskRow
 from fedgrpc.storage.uploads import Upload, UploadJournal
+from fedgrpc.v1 import round_pb2
 from fedgrpc.v1.aggregator_pb2 import RegisterRequest, Task, UpdateHeader
 
 # What a device holds: a version, and the SHA-256 of the payload that gave it to the device.
 Held = tuple[int, bytes]
-OnRoundEnd = Callable[[RoundInProgress], None]
+OnRoundEnd = Callable[[RoundInProgress], Awaitable[None]]
+
+
+class _Store(RunStore):
+    """The run's database. Histories change at the end of a round alone: one that is cut off is played again."""
+
+    def save_open_round(
+        self,
+        record: round_pb2.Round,
+        aim: int,
+        deadline_at: float,
+        tasks: Iterable[TaskRow],
+        selected: Histories,
+        last_steps: Mapping[str, int] = MappingProxyType({}),
+    ) -> None:
+        """See `RunStore.save_open_round`."""
+        super().save_open_round(record, aim, deadline_at, tasks, {}, last_steps)
 
 
 class _WatchedRounds(OwnRounds):
-    """The run's own rounds; a commit takes `commit_s` virtual seconds, and the end of each round is told."""
+    """The run's own rounds; a commit takes `commit_s` virtual seconds, and the end of each round is told.
+
+    `abandoned` rounds in a row were the last ones before a resumed simulation was cut off.
+    """
 
     def __init__(
         self,
         on_end: OnRoundEnd,
         commit_s: float,
+        abandoned: int,
         coordinator: Coordinator,
         upkeep: Upkeep,
         updates: AcceptedUpdates,
@@ -60,6 +85,7 @@ class _WatchedRounds(OwnRounds):
         super().__init__(coordinator, upkeep, updates)
         self._on_end = on_end
         self._commit_s = commit_s
+        self.abandoned = abandoned
 
     async def next_round(self) -> RoundInProgress | None:
         """See `RoundSource.next_round`. There is no operator who would resume a run that has paused itself."""
@@ -75,8 +101,10 @@ class _WatchedRounds(OwnRounds):
 
     async def ended(self, round_: RoundInProgress) -> None:
         """See `RoundSource.ended`."""
-        self._on_end(round_)
+        # Now and not at some wait: what a resumed simulation finds on the disk decides what devices are sent.
+        await self._upkeep.clear_away()
         await super().ended(round_)
+        await self._on_end(round_)
 
 
 class SimulatedUpload:
@@ -124,13 +152,17 @@ class SimulatedAggregator:
         clock: Callable[[], float],
         on_round_end: OnRoundEnd,
         commit_s: float = 0.0,
+        abandoned: int = 0,
     ) -> None:
-        """Open the data folder. Raises `UsageError` where it cannot be used."""
+        """Open the data folder, in which so many rounds in a row were `abandoned`.
+
+        Raises `UsageError` where it cannot be used.
+        """
         folder = settings.data_dir
         fleet = WorkerRegistry(settings.max_workers, settings.policy.lease_s)
         try:
             models, journal = ModelStore(folder), UploadJournal(folder / "uploads", durable=False)
-            store = RunStore(folder / DATABASE, settings.keep_rounds)
+            store = _Store(folder / DATABASE, settings.keep_rounds)
             self.coordinator = Coordinator(settings, fleet, store, models, journal, Metrics(), clock)
         except OSError as error:
             raise UsageError(f"cannot use the folder {folder}: {error.strerror}") from error
@@ -144,7 +176,7 @@ class SimulatedAggregator:
         )
         self._terms = self.coordinator.terms
         self._calls = WorkerCalls(self.coordinator, Sessions(fleet, settings.heartbeat_s, clock))
-        self._driver = Driver(self.coordinator, partial(_WatchedRounds, on_round_end, commit_s))
+        self._driver = Driver(self.coordinator, partial(_WatchedRounds, on_round_end, commit_s, abandoned))
         self.play = self._driver.run
         self.close = self.coordinator.close
 
@@ -172,6 +204,9 @@ class SimulatedAggregator:
         registration = bounded_registration(registration)
         coordinator.settings.roles.check(registration)
         coordinator.negotiation.check(registration)
+        if coordinator.fleet.find(registration.worker) is None:
+            # Its history is kept with it.
+            coordinator.store.save_worker(registration)
         coordinator.fleet.register(registration, coordinator.clock())
 
     async def describe(self, name: str, description: ModelDescription) -> None:
@@ -200,6 +235,22 @@ class SimulatedAggregator:
     async def give_back(self, name: str, token: str, reason: str) -> None:
         """See `WorkerCalls.give_back`."""
         await self._calls.give_back(name, token, reason)
+
+    def scored(self, name: str, version: int) -> None:
+        """Note that an evaluator has scored a version before the simulation was cut off."""
+        self.coordinator.apply(Evaluated(Evaluation("", name, version), None))
+
+    def fleet_state(self) -> dict[str, list[float]]:
+        """Return when each worker was last heard, and its punctuality, as JSON has it."""
+        return {
+            worker.name: [worker.last_seen, worker.trust.held_up, worker.trust.doubted_until]
+            for worker in self.coordinator.fleet
+        }
+
+    def restore_fleet(self, state: Mapping[str, Sequence[float]]) -> None:
+        """Take workers to where `fleet_state` had them. Raises `UnknownWorker`, ValueError and TypeError."""
+        for name, (last_seen, held_up, doubted_until) in state.items():
+            self.coordinator.fleet.recall(name, last_seen, Punctuality(int(held_up), doubted_until))
 
     async def score(self, header: UpdateHeader) -> None:
         """Take the scores of an evaluator."""

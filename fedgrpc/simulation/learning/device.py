@@ -51,16 +51,19 @@ class SimulatedDevice:
         world.tally.tasks += 1
         task = DeviceTask(world, self._index, message)
         try:
-            accepted = await task.perform()
-        except (TaskEnded, RoundClosed, UnknownTask, UpdateRefused, CodecError):
+            async with asyncio.timeout(None) as world.at_work[message.token]:
+                accepted = await task.perform()
+        except (TaskEnded, RoundClosed, UnknownTask, UpdateRefused, CodecError, TimeoutError):
             # Too late, or refused: the aggregator has recorded which.
             accepted = False
         finally:
             world.in_use.pop(self.name, None)
+            world.at_work.pop(message.token, None)
         world.tally.trained_s += task.trained_s
         if accepted:
             world.tally.accepted += 1
             world.accepted[message.token] = self.name
         else:
             world.tally.wasted_s += task.trained_s
+            task.drop()
             world.files(self.name).settle(accepted=False)

@@ -23,6 +23,9 @@ class Pending(Protocol):
     def result(self) -> ClientResult:
         """Wait for the result. Raises `UsageError`, and `FedgrpcError` where a process has died."""
 
+    def drop(self) -> None:
+        """Return once the work writes no files any more; nobody wants its result."""
+
 
 class Engine(Protocol):
     """Does the work of clients."""
@@ -47,6 +50,9 @@ class _Later:
     def result(self) -> ClientResult:
         """See `Pending.result`."""
         return self._worker.perform(self._work)
+
+    def drop(self) -> None:
+        """See `Pending.drop`."""
 
 
 class InProcess:

@@ -8,7 +8,7 @@ from typing import Final
 from fedgrpc.protocol.tasks import task_from_proto
 from fedgrpc.simulation.learning.client_files import HeldKey
 from fedgrpc.simulation.learning.client_work import ClientWork
-from fedgrpc.simulation.learning.world import World
+from fedgrpc.simulation.learning.world import MOMENT_S, World
 from fedgrpc.v1 import aggregator_pb2
 from fedgrpc.v1.aggregator_pb2 import UpdateHeader
 from fedgrpc.worker.held_model import Source
@@ -19,23 +19,29 @@ _SCORING_S: Final = 1.0
 
 
 class Evaluator:
-    """Scores one in `every` versions, and the last one."""
+    """Scores one in `every` versions, and the last one; those up to `scored` have their scores."""
 
-    def __init__(self, world: World, every: int) -> None:
+    def __init__(self, world: World, every: int, scored: int = 0) -> None:
         self._world = world
         self._every = every
-        self._held: HeldKey | None = None
+        self._scored = scored
 
     async def live(self) -> None:
         """Score versions until the run has ended."""
-        world, seen = self._world, 0
+        world, seen = self._world, self._scored
         while True:
             await self._due(seen)
+            # Once the end of the round is noted: a simulation that resumes there pulls the same payload.
+            await asyncio.sleep(10 * MOMENT_S)
             message = await world.aggregator.poll(EVALUATOR, None if self._held is None else self._held.held)
             if message is None:
                 return
             seen = message.model_version
             await self._score(message)
+
+    @property
+    def _held(self) -> HeldKey | None:
+        return self._world.held.get(EVALUATOR)
 
     async def _due(self, seen: int) -> None:
         """Wait for a version to score."""
@@ -46,9 +52,10 @@ class Evaluator:
 
     async def _score(self, message: aggregator_pb2.Task) -> None:
         world, task = self._world, task_from_proto(message)
-        encoded = await world.aggregator.pull(message, EVALUATOR, None if self._held is None else self._held.held)
+        base = self._held
+        encoded = await world.aggregator.pull(message, EVALUATOR, None if base is None else base.held)
         source = Source(task.run_id, task.model_version)
-        self._held = world.in_use[EVALUATOR] = world.models.receive(encoded, source, self._held)
+        held = world.held[EVALUATOR] = world.in_use[EVALUATOR] = world.models.receive(encoded, source, base)
         files = world.files(EVALUATOR)
         files.begin()
         work = ClientWork(
@@ -57,7 +64,7 @@ class Evaluator:
             task=message.SerializeToString(),
             run_id=task.run_id,
             folder=world.folder / "clients" / EVALUATOR,
-            held=world.models.path(self._held),
+            held=world.models.path(held),
         )
         pending = world.engine.begin(work)
         await asyncio.sleep(_SCORING_S)

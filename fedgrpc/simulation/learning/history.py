@@ -1,7 +1,8 @@
 """The history of a simulation: one line for each round, and where its devices stood after it.
 
-The rule: a line is written once the round is recorded by the aggregator. Scores come with the version that they
-are of, perhaps after its line: they are read from the aggregator's own records.
+The rule: a line is written once the round is recorded by the aggregator, and its tasks are over. So nothing that
+happens is left out between the line and the next round, but for tasks that are carried over. Scores come with the
+version that they are of, perhaps after its line: they are read from the aggregator's own records.
 """
 
 from __future__ import annotations
@@ -9,15 +10,15 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
-from fedgrpc.errors import UsageError
+from fedgrpc.errors import UnknownWorker, UsageError
 from fedgrpc.rounds.events import TaskPhase
 from fedgrpc.rounds.policy import TaskKind
 from fedgrpc.rounds.round import RoundPhase
 from fedgrpc.runs.round_in_progress import RoundInProgress
-from fedgrpc.simulation.learning.client_files import HeldKey
 from fedgrpc.simulation.learning.world import Tally, World
 from fedgrpc.storage.database import DATABASE
 from fedgrpc.storage.run_store import RunStore
@@ -55,8 +56,8 @@ class History:
         """Read what a former process has written. Raises `UsageError` for a file that is none."""
         self._path = path
         self.rows: list[RoundRow] = []
-        self._held: dict[str, list[Any]] = {}
-        self._devices: dict[str, Any] = {}
+        # Where everybody stood after the last of them.
+        self._state: dict[str, Any] = {}
         if path.exists():
             self._read()
 
@@ -64,7 +65,7 @@ class History:
         try:
             for line in self._path.read_text().splitlines():
                 values = json.loads(line)
-                self._held, self._devices = values.pop("held"), values.pop("devices")
+                self._state = values.pop("state")
                 self.rows.append(RoundRow(**{**values, "workers": tuple(values["workers"])}))
         except (ValueError, TypeError, KeyError) as error:
             raise UsageError(f"{self._path} is no history of a simulation: {error}") from error
@@ -74,15 +75,19 @@ class History:
         """Virtual time at the end of the last round, seconds."""
         return self.rows[-1].virtual_s if self.rows else 0.0
 
+    @property
+    def abandoned(self) -> int:
+        """Number of the last rounds in a row that were abandoned."""
+        return len(list(takewhile(lambda row: not row.committed, reversed(self.rows))))
+
     def restore(self, world: World) -> None:
         """Take a new world to where the last round has left the former one. Raises `UsageError`."""
         if not self.rows:
             return
         try:
-            world.devices.restore(self._devices)
-        except (ValueError, TypeError, KeyError) as error:
+            world.restore(self._state)
+        except (ValueError, TypeError, KeyError, UnknownWorker) as error:
             raise UsageError(f"{self._path} is of other devices: {error}") from error
-        world.held = {name: HeldKey(*key) for name, key in self._held.items()}
         last = self.rows[-1]
         world.tally = Tally(**{name: getattr(last, name) for name in asdict(world.tally)})
 
@@ -105,9 +110,8 @@ class History:
             **asdict(world.tally),
         )
         self.rows.append(row)
-        held = {name: [key.version, key.digest, key.sub_model] for name, key in world.held.items()}
         with self._path.open("a") as file:
-            file.write(json.dumps({**asdict(row), "held": held, "devices": world.devices.state()}) + "\n")
+            file.write(json.dumps({**asdict(row), "state": world.state()}) + "\n")
         return row
 
     def scores(self) -> dict[int, dict[str, float]]:

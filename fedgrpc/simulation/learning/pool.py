@@ -77,6 +77,11 @@ class _Waited:
         except BrokenProcessPool as error:
             raise FedgrpcError("a process that trains has ended; was it killed for its memory?") from error
 
+    def drop(self) -> None:
+        """See `Pending.drop`."""
+        if not self._future.cancel():
+            self.result()
+
 
 class ProcessPool:
     """Trains in `processes` processes. An `Engine`."""

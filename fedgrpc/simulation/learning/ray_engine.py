@@ -52,6 +52,10 @@ class _Remote:
         result: ClientResult = _value(self._ray, self._reference)
         return result
 
+    def drop(self) -> None:
+        """See `Pending.drop`. An actor cannot be stopped in the middle of its work."""
+        self.result()
+
 
 def _value(ray: Any, reference: Any) -> Any:
     try:

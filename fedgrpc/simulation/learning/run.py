@@ -16,8 +16,6 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, Final
 
-import numpy as np
-
 from fedgrpc.codec.encoding import encoding_names
 from fedgrpc.protocol.devices import DeviceProfile, profile_to_proto
 from fedgrpc.protocol.tasks import WorkerRole
@@ -32,7 +30,7 @@ from fedgrpc.simulation.learning.engine import Engine
 from fedgrpc.simulation.learning.evaluator import EVALUATOR, Evaluator
 from fedgrpc.simulation.learning.experiment import Experiment
 from fedgrpc.simulation.learning.history import History, RoundRow
-from fedgrpc.simulation.learning.world import World
+from fedgrpc.simulation.learning.world import MOMENT_S, World
 from fedgrpc.storage.files import make_private
 from fedgrpc.v1 import tensor_pb2
 from fedgrpc.v1.aggregator_pb2 import RegisterRequest
@@ -73,20 +71,20 @@ class LearningRun:
         experiment = self._experiment
         make_private(self._folder / "run")
         settings = experiment.in_folder(self._folder / "run")
-        aggregator = SimulatedAggregator(settings, loop.time, self._round_ended, experiment.learning.commit_s)
+        aggregator = SimulatedAggregator(
+            settings, loop.time, self._round_ended, experiment.learning.commit_s, self.history.abandoned
+        )
         try:
             await aggregator.restart()
             facts = self._engine.facts(aggregator.wants_channels)
-            devices = Devices(
-                experiment.classes, np.random.default_rng([self._seed, 1]), experiment.availability.read()
-            )
+            devices = Devices(experiment.classes, self._seed, experiment.availability.read())
             models = HeldModels(self._folder / "devices" / "models")
             world = World(
                 aggregator, self._engine, devices, models, self._folder / "devices", facts, loop.time, self._seed
             )
             self._world = world
-            self.history.restore(world)
             await self._register(world)
+            self.history.restore(world)
             await _until(aggregator.play(), self._lives(world), until_s)
         finally:
             aggregator.close()
@@ -94,7 +92,9 @@ class LearningRun:
     def _lives(self, world: World) -> list[Coroutine[Any, Any, None]]:
         lives = [SimulatedDevice(world, index).live() for index in range(world.devices.count)]
         if every := self._experiment.learning.evaluate_every:
-            lives.append(Evaluator(world, every).live())
+            scored = max(self.history.scores(), default=0)
+            world.aggregator.scored(EVALUATOR, scored)
+            lives.append(Evaluator(world, every, scored).live())
         return lives
 
     async def _register(self, world: World) -> None:
@@ -112,10 +112,14 @@ class LearningRun:
         # Once with the channels: they are the same for all.
         await world.aggregator.describe(devices.names[0], world.facts.description)
 
-    def _round_ended(self, round_: RoundInProgress) -> None:
+    async def _round_ended(self, round_: RoundInProgress) -> None:
+        """End the tasks of a round, and note where that leaves everybody, before the next round opens."""
         world = self._world
+        # A device whose update was the last one returns from its upload first.
+        await asyncio.sleep(MOMENT_S)
         committed = round_.state.phase is RoundPhase.COMMITTED
         world.round_ended(frozenset(round_.state.carried), committed)
+        await asyncio.sleep(MOMENT_S)
         run, settings = world.aggregator.run, world.aggregator.coordinator.settings
         world.prune_models(run.version - settings.keep_versions - 1)
         row = self.history.add(world, round_)
@@ -143,6 +147,8 @@ async def _until(play: Coroutine[Any, Any, None], lives: list[Coroutine[Any, Any
             try:
                 async with asyncio.TaskGroup() as group:
                     tasks = [group.create_task(life) for life in lives]
+                    # All that can be reached poll before the first round looks for workers, as before any other.
+                    await asyncio.sleep(0)
                     await play
                     # The run has ended: workers hear of it, and the evaluator's last scores are in.
                     for task in tasks:

@@ -2,7 +2,7 @@
 
 The rule: how long a part takes comes from the device's description, what it makes from the real code. Bytes move
 only while the device can be reached. A device out of reach trains on, and a transfer that broke off resumes at its
-offset.
+offset. A task ends with its round: a device that can be reached hears of it at once.
 """
 
 from __future__ import annotations
@@ -58,6 +58,8 @@ class DeviceTask:
         self._task = task_from_proto(message)
         self._beat_s = world.aggregator.coordinator.settings.heartbeat_s
         self.trained_s = 0.0
+        # Work that was begun, until its result is taken.
+        self._pending: Pending | None = None
 
     async def perform(self) -> bool:
         """Download, train and upload; return whether the update counts.
@@ -74,8 +76,8 @@ class DeviceTask:
         if self._task.kind is TaskKind.TRAIN and not world.examples[self._index]:
             self._count_examples(held)
         effort = self._effort(left_s)
-        pending = world.engine.begin(self._work(held, effort, left_s))
-        result = await self._train(pending, effort)
+        self._pending = world.engine.begin(self._work(held, effort, left_s))
+        result = await self._train(self._pending, effort)
         if result is None or result.error:
             reason = "training failed" if result is None else result.error
             await self._until_reachable()
@@ -85,6 +87,12 @@ class DeviceTask:
         header.timings.CopyFrom(timings_to_proto(Timings(download_s, world.clock() - began_at)))
         await self._upload(header)
         return True
+
+    def drop(self) -> None:
+        """Leave nothing of work whose result nobody has taken: it may still be written elsewhere."""
+        if self._pending is not None:
+            self._pending.drop()
+            self._files.begin()
 
     # Download.
 
@@ -158,13 +166,16 @@ class DeviceTask:
         """Let the training take its virtual time, and return what it really made. None: the device has failed."""
         world, began_at = self._world, self._world.clock()
         fails = world.devices.fails(self._index)
+        seconds = effort.seconds * (fails or 1.0)
         try:
-            await self._pass(effort.seconds * (fails or 1.0), TaskPhase.TRAINING)
+            await self._pass(seconds, TaskPhase.TRAINING)
         finally:
-            self.trained_s = world.clock() - began_at
+            # Out of reach it does not hear of the end of its round, and trains on.
+            hears_at = world.clock() if self._reachable else self._changes_at
+            self.trained_s = min(hears_at - began_at, seconds)
         if fails is not None:
             return None
-        result = pending.result()
+        result, self._pending = pending.result(), None
         world.tally.cpu_s += result.cpu_s
         return result
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, Final
 
 from fedgrpc.simulation.devices import Devices
 from fedgrpc.simulation.learning.aggregator import SimulatedAggregator
@@ -14,6 +15,9 @@ from fedgrpc.simulation.learning.client_work import TaskFacts
 from fedgrpc.simulation.learning.engine import Engine
 from fedgrpc.submodels.plan import LocalModelPlan
 from fedgrpc.submodels.plan_size import elements_of, relative_work
+
+# Long enough, virtual seconds, for all that is ready to happen.
+MOMENT_S: Final = 1e-6
 
 
 @dataclass
@@ -34,8 +38,8 @@ class World:
     """One simulation, as its devices see it; `clock` gives virtual seconds.
 
     `held` has the model that each device holds, by its name; `accepted` the devices whose updates wait for the end
-    of their round, by token. `examples`, and `held_out` ones to score with, are those of each
-    device, by its index; 0: not known yet.
+    of their round, and `at_work` how long those at work may be, both by token. `examples`, and `held_out` ones to
+    score with, are those of each device, by its index; 0: not known yet.
     """
 
     aggregator: SimulatedAggregator
@@ -51,11 +55,30 @@ class World:
     held_out: list[int] = field(default_factory=list)
     in_use: dict[str, HeldKey] = field(default_factory=dict)
     accepted: dict[str, str] = field(default_factory=dict)
+    at_work: dict[str, asyncio.Timeout] = field(default_factory=dict)
     tally: Tally = field(default_factory=Tally)
     _works: dict[LocalModelPlan, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.examples, self.held_out = list(self.facts.examples), list(self.facts.held_out)
+
+    def state(self) -> dict[str, Any]:
+        """Return where everybody stands between two rounds, as JSON has it."""
+        counted = (self.examples, self.held_out) != (list(self.facts.examples), list(self.facts.held_out))
+        return {
+            "held": {name: [key.version, key.digest, key.sub_model] for name, key in self.held.items()},
+            "devices": self.devices.state(),
+            "fleet": self.aggregator.fleet_state(),
+            "counted": [self.examples, self.held_out] if counted else None,
+        }
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Take everybody to where `state` had them. Raises ValueError, TypeError, KeyError and `UnknownWorker`."""
+        self.devices.restore(state["devices"])
+        self.aggregator.restore_fleet(state["fleet"])
+        self.held = {name: HeldKey(*key) for name, key in state["held"].items()}
+        if state["counted"] is not None:
+            self.examples, self.held_out = state["counted"]
 
     def files(self, name: str) -> ClientFiles:
         """Return the files of a device."""
@@ -77,9 +100,12 @@ class World:
         return self._works[plan]
 
     def round_ended(self, tokens: frozenset[str], committed: bool) -> None:
-        """Settle the accepted updates of a round that has ended, but for those of `tokens`, which go on."""
+        """Settle the accepted updates of a round that has ended, and end its tasks, but for those of `tokens`."""
         for token in [each for each in self.accepted if each not in tokens]:
             self.files(self.accepted.pop(token)).settle(accepted=committed)
+        for token, limit in self.at_work.items():
+            if token not in tokens:
+                limit.reschedule(self.clock())
 
     def prune_models(self, oldest: int) -> None:
         """Forget models that are older than any delta base, and that nobody works on."""
