@@ -88,11 +88,15 @@ class BatchPipeline(Generic[T]):
 
     async def put(self, item: T) -> None:
         """Hand over one item; wait while too many are waiting. Raises what `work` raised for an earlier item."""
-        self._waiting.append(item)
-        self._start()
+        self.add(item)
         while self._running is not None and len(self._waiting) > self._max_waiting:
             await asyncio.wait([self._running])
         self._raise()
+
+    def add(self, item: T) -> None:
+        """Hand over one item, however many are waiting."""
+        self._waiting.append(item)
+        self._start()
 
     async def drain(self) -> None:
         """Wait until all items are worked on. Raises what `work` raised."""

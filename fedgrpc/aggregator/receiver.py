@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -22,7 +22,7 @@ from fedgrpc.aggregator.settings import AggregatorSettings
 from fedgrpc.aggregator.update_checks import ExpectedUpdate, decoding_bytes, examine, max_header_bytes, verify
 from fedgrpc.aggregator.upload_queue import UploadSlots, UploadStream
 from fedgrpc.aggregator.upload_reader import ByteBudget, UploadReader
-from fedgrpc.aio import to_its_end, until_done
+from fedgrpc.aio import to_its_end
 from fedgrpc.codec.chunk import FIRST_CHUNK_BYTES, Chunk
 from fedgrpc.codec.layout import Layout
 from fedgrpc.codec.manifest import Manifest
@@ -55,6 +55,38 @@ class Held:
     size_bytes: int
     complete: bool
     retry_after_s: float = 0.0
+
+
+class Arrival:
+    """An update on its way in, whose file is opened along with the first bytes that are stored in it."""
+
+    def __init__(self, journal: UploadJournal, header: UpdateHeader, manifest: Manifest) -> None:
+        self.header = header
+        self.manifest = manifest
+        self.upload: Upload | None = None
+        self._journal = journal
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes in the file; 0 before it is opened."""
+        return 0 if self.upload is None else self.upload.size_bytes
+
+    def opened(self) -> Upload:
+        """Return the upload, begun or continued by the first call. Blocks. Raises `StorageError`."""
+        if self.upload is None:
+            self.upload = self._journal.begin(self.header, self.manifest)
+        return self.upload
+
+    def append(self, batch: Sequence[Chunk]) -> None:
+        """Commit chunks. Blocks. Raises as `Upload.append`."""
+        self.opened().append(batch)
+
+    def close(self, discard: bool) -> None:
+        """Leave the file to be continued, or nothing of it. Blocks."""
+        if self.upload is not None and discard:
+            self.upload.discard()
+        elif self.upload is not None and not self.upload.closed:
+            self.upload.close()
 
 
 class Receiver:
@@ -123,12 +155,13 @@ class Receiver:
         if whole is not None and not 0 < len(whole.data) == manifest.size_bytes <= most_bytes:
             raise LayoutError("with its header comes all of a small update, or nothing of it")
         async with self._slots.slot(token, worker) as stream:
+            arrival, is_new = Arrival(self._journal, header, manifest), token not in self._begun
             self._begun.setdefault(token, time.monotonic())
             try:
-                if whole is not None:
-                    await self._store_whole(header, manifest, report, expected, whole, stream)
-                    return manifest.size_bytes, True
-                return await self._store(header, manifest, report, expected, chunks, stream)
+                if not is_new and whole is None:
+                    # How much is there already tells how fast it comes.
+                    await asyncio.to_thread(arrival.opened)
+                return await self._store(arrival, report, expected, chunks, whole, stream)
             except StorageError as error:
                 self._data_folder.failed(Use.UPDATES, error)
                 raise
@@ -174,91 +207,68 @@ class Receiver:
 
     async def _store(
         self,
-        header: UpdateHeader,
-        manifest: Manifest,
+        arrival: Arrival,
         report: Report,
         expected: ExpectedUpdate,
         chunks: AsyncIterator[Chunk],
+        whole: Chunk | None,
         stream: UploadStream,
     ) -> tuple[int, bool]:
-        """Commit chunks until the stream ends, and accept the update once it is whole."""
-        upload = await self._begin(header, manifest)
-        stream.carries(upload)
+        """Commit chunks until the stream ends, and accept the update once it is whole.
+
+        The last chunk is committed by the thread that checks and seals the update.
+        """
+        token, size_bytes = arrival.header.token, arrival.manifest.size_bytes
+        reader = UploadReader(arrival, self._memory, self._settings.max_chunk_bytes)
 
         async def still_wanted() -> None:
             if time.monotonic() - stream.told_at >= _PROGRESS_INTERVAL_S:
-                self._tell(upload, stream)
+                self._tell(arrival, stream)
 
+        discard = False
         try:
+            stream.carries(arrival)
             await still_wanted()
-            reader = UploadReader(upload, self._memory, self._settings.max_chunk_bytes)
-            await reader.run(chunks, self._settings.policy.lease_s, still_wanted)
-            if not upload.complete:
-                return upload.size_bytes, False
+            last = whole
+            if whole is None:
+                last = await reader.run(chunks, self._settings.policy.lease_s, still_wanted)
+            if last is None and size_bytes and not (await asyncio.to_thread(arrival.opened)).complete:
+                return arrival.size_bytes, False
             stream.complete()
+            took_s = time.monotonic() - self._begun.get(token, time.monotonic())
+            if whole is not None:
+                # How long one message took is not seen here: the worker tells of its last one.
+                took_s = max(took_s, report.timings.upload_s)
+            seal = partial(self._finished, arrival, last, expected)
             # An update that is here whole outlives its connection.
-            took_s = time.monotonic() - self._begun.get(header.token, time.monotonic())
-            await to_its_end(self.accept(upload, report.uploaded_in(took_s), expected))
+            await to_its_end(
+                self._accept(arrival.header, arrival.manifest, report.uploaded_in(took_s), expected, seal)
+            )
             self._data_folder.works(Use.UPDATES)
         except (RoundClosed, asyncio.CancelledError) as error:
             # The round has swept up what there was of its uploads, perhaps before this one was there.
-            if isinstance(error, RoundClosed) or stream.closed_for is not None:
-                await asyncio.to_thread(upload.discard)
+            discard = isinstance(error, RoundClosed) or stream.closed_for is not None
             raise
         finally:
-            if not upload.closed:
-                await asyncio.to_thread(upload.close)
-        return manifest.size_bytes, True
+            reader.release()
+            if arrival.upload is not None and (discard or not arrival.upload.closed):
+                await asyncio.to_thread(arrival.close, discard)
+        return size_bytes, True
 
-    async def _store_whole(
-        self,
-        header: UpdateHeader,
-        manifest: Manifest,
-        report: Report,
-        expected: ExpectedUpdate,
-        chunk: Chunk,
-        stream: UploadStream,
-    ) -> None:
-        """Store and accept an update that is here, in one hop to a thread."""
-        size_bytes = manifest.size_bytes
-        self._shell.apply(Progress(header.token, TaskPhase.UPLOADING, 1.0, size_bytes, size_bytes))
-        stream.complete()
+    def _finished(self, arrival: Arrival, last: Chunk | None, expected: ExpectedUpdate) -> StoredUpdate:
+        """Commit the last chunk, if there is one, and return the accepted update. Raises as `_verify_and_seal`."""
+        if last is not None:
+            arrival.append([last])
+        return self._verify_and_seal(arrival.opened(), expected)
 
-        def store() -> StoredUpdate:
-            upload = self._journal.begin(header, manifest)
-            try:
-                upload.append([chunk])
-                return self._verify_and_seal(upload, expected)
-            finally:
-                if not upload.closed:
-                    upload.close()
-
-        # Earlier tries were streams. How long one message took is not seen here: the worker tells of its last one.
-        took_s = time.monotonic() - self._begun.get(header.token, time.monotonic())
-        uploaded = report.uploaded_in(max(took_s, report.timings.upload_s))
-        await to_its_end(self._accept(header, manifest, uploaded, expected, store))
-        self._data_folder.works(Use.UPDATES)
-
-    async def _begin(self, header: UpdateHeader, manifest: Manifest) -> Upload:
-        """Begin or continue the upload. Cancelled, it leaves no open file, and none that no round wants."""
-        beginning = asyncio.create_task(asyncio.to_thread(self._journal.begin, header, manifest))
-        try:
-            return await asyncio.shield(beginning)
-        except asyncio.CancelledError:
-            await until_done(beginning)
-            if beginning.exception() is None:
-                upload = beginning.result()
-                await asyncio.to_thread(upload.close if self._run.takes_update(header.token) else upload.discard)
-            raise
-
-    def _tell(self, upload: Upload, stream: UploadStream) -> None:
+    def _tell(self, arrival: Arrival, stream: UploadStream) -> None:
         """Tell the round how far the upload is. Raises `RoundClosed`."""
         if stream.closed_for is not None:
             raise RoundClosed(stream.closed_for)
         stream.told_at = time.monotonic()
-        held, total = upload.size_bytes, upload.manifest.size_bytes
+        held, total = arrival.size_bytes, arrival.manifest.size_bytes
         fraction = held / total if total else 1.0
-        self._shell.apply(Progress(upload.header.token, TaskPhase.UPLOADING, fraction, held, total))
+        self._shell.apply(Progress(arrival.header.token, TaskPhase.UPLOADING, fraction, held, total))
 
     async def accept(self, upload: Upload, report: Report, expected: ExpectedUpdate) -> None:
         """Verify an update that is here whole, make it durable, count it. Raises as `_accept`."""

@@ -16,9 +16,9 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from typing import Final
 
+from fedgrpc.aggregator.upload_reader import Arriving
 from fedgrpc.errors import Exhausted, LinkError, RoundClosed
 from fedgrpc.rounds.task import UploadPace
-from fedgrpc.storage.uploads import Upload
 
 # Slots that became free lately, of which the rate is estimated, and how many an estimate needs.
 _SAMPLES: Final = 64
@@ -157,7 +157,7 @@ class UploadStream:
         self._ending = False
         self._complete = False
         self._begun_at = time.monotonic()
-        self._upload: Upload | None = None
+        self._arrival: Arriving | None = None
         self._pace: UploadPace | None = None
 
     def give_way(self) -> None:
@@ -183,24 +183,24 @@ class UploadStream:
             self._ending = True
             self.limit.reschedule(asyncio.get_running_loop().time())
 
-    def carries(self, upload: Upload) -> None:
+    def carries(self, arrival: Arriving) -> None:
         """Measure the bytes of this upload from now on."""
-        self._upload = upload
-        self._pace = UploadPace.begun(upload.size_bytes, upload.manifest.size_bytes, self._begun_at)
+        self._arrival = arrival
+        self._pace = UploadPace.begun(arrival.size_bytes, arrival.manifest.size_bytes, self._begun_at)
 
     def bytes_per_second(self, now: float) -> float:
         """Return its recent rate; infinite while that is not known, and once all bytes are there."""
-        if self._ending or self._upload is None or self._pace is None or self._upload.complete:
+        if self._ending or self._complete or self._arrival is None or self._pace is None:
             return math.inf
-        self._pace = self._pace.moved(self._upload.size_bytes, now, _PACE_S)
+        self._pace = self._pace.moved(self._arrival.size_bytes, now, _PACE_S)
         return math.inf if now - self._begun_at < _PACE_S else self._pace.bytes_per_second(now)
 
     def left_s(self, now: float) -> float:
         """Return the seconds it still needs at its pace, once it has had its turn; before that 0."""
         rate = self.bytes_per_second(now)
-        if self._upload is None or math.isinf(rate) or now - self._begun_at < _TURN_S:
+        if self._arrival is None or math.isinf(rate) or now - self._begun_at < _TURN_S:
             return 0.0
-        left_bytes = self._upload.manifest.size_bytes - self._upload.size_bytes
+        left_bytes = self._arrival.manifest.size_bytes - self._arrival.size_bytes
         return left_bytes / rate if rate > 0 else math.inf
 
 

@@ -11,13 +11,14 @@ import asyncio
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from typing import Protocol
 
 import grpc.aio
 
 from fedgrpc.aio import BatchPipeline
 from fedgrpc.codec.chunk import Chunk
+from fedgrpc.codec.manifest import Manifest
 from fedgrpc.errors import LayoutError, LinkError, TooLargeError, WrongOffset
-from fedgrpc.storage.uploads import Upload
 
 _LEAST_BYTES = 16 << 10
 # A chunk costs some 100 us, however small it is, so many tiny chunks are refused. A few are harmless.
@@ -94,12 +95,25 @@ class UploadChunks:
         return message
 
 
+class Arriving(Protocol):
+    """An upload as its reader sees it; `size_bytes` 0 where its file is opened with its first bytes."""
+
+    manifest: Manifest
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes that are in its file."""
+
+    def append(self, batch: Sequence[Chunk]) -> None:
+        """Commit chunks; runs in a thread. Raises as `Upload.append`."""
+
+
 class UploadReader:
     """Reads the chunks of one stream into `upload`. `worked_s` returns the process's CPU time, seconds."""
 
     def __init__(
         self,
-        upload: Upload,
+        upload: Arriving,
         budget: ByteBudget,
         max_chunk_bytes: int,
         worked_s: Callable[[], float] = time.process_time,
@@ -112,14 +126,17 @@ class UploadReader:
         self._next_offset = upload.size_bytes
         self._reading = False
         self._reserved = 0
-        self._began_at, self._count = upload.size_bytes, 0
+        self._read_bytes = self._count = 0
+        self._last_bytes = 0
 
     async def run(
         self, chunks: AsyncIterator[Chunk], idle_s: float, still_wanted: Callable[[], Awaitable[None]]
-    ) -> None:
+    ) -> Chunk | None:
         """Commit chunks until the stream ends; `still_wanted` is asked after each and raises when they are not.
 
-        Raises as `Upload.append` does, and `LinkError` when nothing comes for `idle_s`.
+        Returns the chunk that completes the payload, for the caller to commit along with what follows in a thread,
+        and then to `release`; None: the stream has ended before. Raises as `Upload.append` does, and `LinkError`
+        when nothing comes for `idle_s`.
         """
         loop = asyncio.get_running_loop()
         pipeline: BatchPipeline[Chunk] | None = None
@@ -136,17 +153,51 @@ class UploadReader:
                         await self._reserve()
                         limit.reschedule(loop.time() + idle_s)
                         chunk = await self._read(chunks)
+                        if chunk is None or self._next_offset == self._upload.manifest.size_bytes:
+                            break
                         limit.reschedule(None)
-                        if chunk is None:
-                            return await pipeline.drain()
                         await pipeline.put(chunk)
                         # Release the chunk here: the wait for more memory can be long.
                         del chunk
                         await still_wanted()
+                    last = None if chunk is None else await self._end(chunks, [chunk], pipeline)
+                    limit.reschedule(None)
+                    await pipeline.drain()
+                    return last
         except TimeoutError:
             if pipeline is not None:
                 await pipeline.drain()
             raise LinkError(f"no byte came for {idle_s:g} s") from None
+
+    async def _end(
+        self, chunks: AsyncIterator[Chunk], last: list[Chunk], pipeline: BatchPipeline[Chunk]
+    ) -> Chunk | None:
+        """Read the end of a stream whose payload is complete; return its last chunk, unless it is committed here.
+
+        A sender that keeps the end back holds no memory, and one that breaks off here loses nothing.
+        """
+
+        def commit() -> None:
+            while last:
+                pipeline.add(last.pop())
+
+        timer = asyncio.get_running_loop().call_later(_GRACE_S, commit)
+        try:
+            if await anext(chunks, None) is not None:
+                declared = self._upload.manifest.size_bytes
+                raise TooLargeError(f"a chunk behind the {declared} bytes that were declared")
+        except BaseException:
+            commit()
+            raise
+        finally:
+            timer.cancel()
+        self._last_bytes = sum(len(chunk.data) for chunk in last)
+        return last[0] if last else None
+
+    def release(self) -> None:
+        """Give back the memory of the chunk that `run` has returned."""
+        self._budget.give_back(self._last_bytes)
+        self._last_bytes = 0
 
     async def _reserve(self) -> None:
         left = self._upload.manifest.size_bytes - self._next_offset
@@ -189,6 +240,7 @@ class UploadReader:
         hesitated = time.monotonic() - begun >= _GRACE_S
         self._expected_bytes = max(size, _LEAST_BYTES) if hesitated else self._max_chunk_bytes
         self._next_offset += size
+        self._read_bytes += size
         return chunk
 
     def _check(self, chunk: Chunk) -> None:
@@ -196,8 +248,11 @@ class UploadReader:
         if len(chunk.data) > self._max_chunk_bytes:
             raise TooLargeError(f"a chunk of {len(chunk.data)} bytes; allowed are {self._max_chunk_bytes}")
         self._count += 1
-        if self._count > _FEW_CHUNKS + (self._next_offset - self._began_at) // _LEAST_MEAN_BYTES:
+        if self._count > _FEW_CHUNKS + self._read_bytes // _LEAST_MEAN_BYTES:
             raise LayoutError(f"chunks of less than {_LEAST_MEAN_BYTES} bytes on average; send larger ones")
+        if self._count == 1:
+            # Where the file ends is found once it is opened, with these bytes in hand.
+            self._next_offset = chunk.offset
         if chunk.offset != self._next_offset:
             raise WrongOffset(f"the chunk starts at offset {chunk.offset}, expected {self._next_offset}")
 

@@ -178,18 +178,23 @@ class WrittenBack(FileIO):
 
 
 class RecycledFiles:
-    """Removed files, kept under `folder` to become the next ones; `max_files` at most. Thread-safe.
+    """Removed files, kept under `folder` to become the next ones. Thread-safe.
+
+    `max_files` are kept, and more as long as they have `max_bytes` at most together.
 
     The rule: nobody has a file open any more that is given to `keep`, since its content will change.
     """
 
-    def __init__(self, folder: Path, max_files: int) -> None:
+    def __init__(self, folder: Path, max_files: int, max_bytes: int = 0) -> None:
         """Take up what a former process has kept. Raises OSError."""
         make_private(folder)
         self._folder = folder
         self._max_files = max_files
+        self._max_bytes = max_bytes
         self._lock = threading.Lock()
         self._kept = list(folder.iterdir())
+        self._sizes = {path: path.stat().st_size for path in self._kept}
+        self._kept_bytes = sum(self._sizes.values())
         # Behind the numbers of a former process: a name that is in use would be overwritten.
         self._numbers = count(1 + max((_number(path) for path in self._kept), default=0))
 
@@ -200,6 +205,8 @@ class RecycledFiles:
         """
         with self._lock:
             kept = self._kept.pop() if self._kept else None
+            if kept is not None:
+                self._kept_bytes -= self._sizes.pop(kept)
         flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC
         handle = os.open(path, flags | os.O_TRUNC, 0o600) if kept is None else os.open(kept, flags, 0o600)
         try:
@@ -215,12 +222,15 @@ class RecycledFiles:
     def keep(self, path: Path) -> None:
         """Remove the file `path`, if there is one. Raises OSError."""
         with self._lock, suppress(FileNotFoundError):
-            if len(self._kept) >= self._max_files:
+            size_bytes = path.stat().st_size
+            if len(self._kept) >= self._max_files and self._kept_bytes + size_bytes > self._max_bytes:
                 path.unlink()
                 return
             kept = self._folder / str(next(self._numbers))
             path.replace(kept)
             self._kept.append(kept)
+            self._sizes[kept] = size_bytes
+            self._kept_bytes += size_bytes
 
 
 def _number(path: Path) -> int:

@@ -28,6 +28,8 @@ from fedgrpc.storage.update_file import StoredUpdate
 from fedgrpc.v1.aggregator_pb2 import UpdateHeader
 
 _MAX_RECYCLED = 32
+# A new file costs more than the bytes of a small update: those of a round of a thousand stay for the next.
+_MAX_RECYCLED_BYTES = 256 << 20
 _MAX_REMEMBERED = 32
 
 
@@ -78,7 +80,7 @@ class UploadJournal:
         """Open the folder; `durable`: accepted updates survive a power cut. Raises OSError."""
         self._folder = folder
         self._durable = durable
-        self._recycled = RecycledFiles(folder / "recycled", _MAX_RECYCLED)
+        self._recycled = RecycledFiles(folder / "recycled", _MAX_RECYCLED, _MAX_RECYCLED_BYTES)
         # Updates that end together share a sync of their names.
         self._syncs = GroupedSyncs(folder)
         self._sealed: dict[str, StoredUpdate] = {}

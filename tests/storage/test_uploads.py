@@ -2,6 +2,7 @@
 
 import errno
 import gc
+import os
 import shutil
 import weakref
 from concurrent.futures import ThreadPoolExecutor
@@ -15,6 +16,7 @@ from fedgrpc.codec.manifest import Manifest, TensorEntry
 from fedgrpc.codec.payload import tensors_of
 from fedgrpc.codec.uniform import Uniform
 from fedgrpc.errors import CorruptError, StorageError, TooLargeError, WrongOffset
+from fedgrpc.storage.files import RecycledFiles
 from fedgrpc.storage.uploads import UploadJournal
 from tests.support.stored_updates import accept, chunk, encoded, header_of
 
@@ -400,3 +402,19 @@ def test_frames_that_are_inflated_ahead_give_the_same_tensors_in_any_order(journ
     with ThreadPoolExecutor(1) as pool, stored.open(pool.submit) as ahead, stored.open() as reader:
         for name in "abcdeedcbaacbed":
             np.testing.assert_array_equal(ahead.tensor(name), reader.tensor(name))
+
+
+def test_small_files_are_kept_for_reuse_up_to_a_bound_of_their_bytes(tmp_path):
+    recycled = RecycledFiles(tmp_path / "recycled", 1, max_bytes=10)
+
+    def keep(name):
+        (tmp_path / name).write_bytes(b"1234")
+        recycled.keep(tmp_path / name)
+        return len(list((tmp_path / "recycled").iterdir()))
+
+    assert [keep(name) for name in "abc"] == [1, 2, 2]
+    os.close(recycled.create(tmp_path / "new"))
+    assert keep("d") == 2
+    # A later process takes up what there is, and its sizes.
+    recycled = RecycledFiles(tmp_path / "recycled", 1, max_bytes=10)
+    assert keep("e") == 2

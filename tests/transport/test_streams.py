@@ -92,6 +92,15 @@ async def _always():
     return None
 
 
+async def _stored(upload, budget, max_chunk_bytes, stream, look):
+    """Read a stream as a receiver does: the chunk that completes the payload is its caller's to commit."""
+    reader = UploadReader(upload, budget, max_chunk_bytes)
+    last = await reader.run(stream, 30, look)
+    if last is not None:
+        upload.append([last])
+    reader.release()
+
+
 @pytest.fixture
 def patient(monkeypatch):
     """Nobody is taken for slow because this machine is."""
@@ -111,7 +120,7 @@ async def test_the_memory_of_all_uploads_together_has_a_bound(tmp_path, patient)
             yield Chunk(at, data, zlib.crc32(data))
             await asyncio.sleep(0)
 
-    runs = [UploadReader(upload, budget, CHUNK_BYTES).run(stream(), 30, _always) for upload in uploads]
+    runs = [_stored(upload, budget, CHUNK_BYTES, stream(), _always) for upload in uploads]
     await asyncio.wait_for(asyncio.gather(*runs), 60)
     assert all(upload.complete for upload in uploads)
     assert budget.taken_bytes == 0
@@ -152,9 +161,7 @@ async def test_senders_that_turn_to_larger_chunks_stay_within_the_bound(tmp_path
     async def look():
         most.append(budget.taken_bytes)
 
-    runs = [
-        UploadReader(upload, budget, large).run(_Growing(payload, small, large), 30, look) for upload in uploads
-    ]
+    runs = [_stored(upload, budget, large, _Growing(payload, small, large), look) for upload in uploads]
     await asyncio.wait_for(asyncio.gather(*runs), 60)
     assert all(upload.complete for upload in uploads)
     assert large < max(most) <= 2 * large
@@ -174,7 +181,7 @@ async def test_what_is_in_the_file_is_not_held_by_an_upload_that_waits_for_memor
             others.append(asyncio.create_task(budget.take(1 << 20)))
             await asyncio.sleep(0)
 
-    running = asyncio.create_task(UploadReader(upload, budget, piece).run(stream, 30, wanted))
+    running = asyncio.create_task(_stored(upload, budget, piece, stream, wanted))
     async with asyncio.timeout(60):
         while not (others and others[0].done()):  # noqa: ASYNC110 - the budget tells nobody
             await asyncio.sleep(0.01)
@@ -227,13 +234,32 @@ async def test_a_sender_that_falls_silent_costs_only_itself(tmp_path):
 
     waiting = asyncio.create_task(UploadReader(silent, budget, CHUNK_BYTES).run(nothing(), 2.0, _always))
     await asyncio.sleep(0)
-    await asyncio.wait_for(UploadReader(busy, budget, CHUNK_BYTES).run(stream(), 60, _always), 60)
+    await asyncio.wait_for(_stored(busy, budget, CHUNK_BYTES, stream(), _always), 60)
     assert busy.complete
     with pytest.raises(LinkError, match="no byte came for 2 s"):
         await waiting
     assert budget.taken_bytes == 0
     for upload in (silent, busy):
         upload.discard()
+
+
+async def test_a_sender_that_keeps_the_end_of_a_whole_update_back_holds_no_memory(tmp_path):
+    (upload,), payload = _uploads(tmp_path, 1, 128 << 10)
+    budget, may_end = ByteBudget(1 << 20), asyncio.Event()
+
+    async def stream():
+        yield Chunk(0, payload, zlib.crc32(payload))
+        await may_end.wait()
+
+    reader = UploadReader(upload, budget, CHUNK_BYTES)
+    reading = asyncio.create_task(reader.run(stream(), 30, _always))
+    async with asyncio.timeout(60):
+        while not upload.complete or budget.taken_bytes:  # noqa: ASYNC110 - nobody tells
+            await asyncio.sleep(0.01)
+    may_end.set()
+    # It is committed: there is nothing left for the caller to do.
+    assert await reading is None
+    upload.discard()
 
 
 class Work:
