@@ -7,6 +7,7 @@ the whole fleet, registrations, polls and the list of workers, is answered here.
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from contextlib import ExitStack
 from typing import Any, Final
 
 import structlog
@@ -14,6 +15,7 @@ from grpc.aio import ServicerContext as Context
 
 from fedgrpc import claims
 from fedgrpc.aggregator.hosted_run import HostedRun
+from fedgrpc.aggregator.models_along import LEAST_BYTES, ModelsAlong
 from fedgrpc.aggregator.polls import polled
 from fedgrpc.aggregator.registry import Worker
 from fedgrpc.aggregator.roles import check_claim
@@ -30,6 +32,7 @@ from fedgrpc.protocol.devices import bounded_registration
 from fedgrpc.protocol.durations import duration_from_proto, duration_to_proto
 from fedgrpc.protocol.facts import bounded_conditions
 from fedgrpc.protocol.secure import keys_from_proto
+from fedgrpc.rpc import framing
 from fedgrpc.rpc.admission import caller, note
 from fedgrpc.rpc.identity import Session, is_on_this_machine, peer_of
 from fedgrpc.runs.events import DeviceReplaced
@@ -69,6 +72,7 @@ class HostService(aggregator_pb2_grpc.AggregatorServicer):
         self._fleet = runs.common.fleet
         self._sessions = runs.common.sessions
         self._clock = runs.common.clock
+        self._along = ModelsAlong()
 
     def max_header_bytes(self) -> int:
         """Size of the largest header that an update of any run can need."""
@@ -135,6 +139,24 @@ class HostService(aggregator_pb2_grpc.AggregatorServicer):
         return response
 
     async def PollTask(self, request: pb.PollTaskRequest, context: Context) -> pb.PollTaskResponse:
+        # Nobody tells when this answer has left.
+        request.model_bytes = min(request.model_bytes, LEAST_BYTES)
+        with ExitStack() as sending:
+            answer, model = await self._answer(request, context, sending)
+            if model:
+                answer.model.ParseFromString(model)
+            return answer
+
+    async def PollTasks(self, request_iterator: AsyncIterator[pb.PollTasksRequest], context: Context) -> None:
+        async for request in request_iterator:
+            with ExitStack() as sending:
+                # Yielded, each would be held here and by gRPC until the next one is there.
+                await context.write(framing.polled(*await self._answer(request.poll, context, sending)))
+
+    async def _answer(
+        self, request: pb.PollTaskRequest, context: Context, sending: ExitStack
+    ) -> tuple[pb.PollTaskResponse, bytes]:
+        """Return the answer to a poll, and the model that comes along, which has left when `sending` closes."""
         check_speaker(self._fleet, self._sessions, context, request.worker)
         worker = self._fleet.get(request.worker)
         if (own := self._runs.own) is not None:
@@ -155,12 +177,12 @@ class HostService(aggregator_pb2_grpc.AggregatorServicer):
         if found is None:
             for run in self._runs:
                 run.service.calls.tell_end(worker.name)
-            return pb.PollTaskResponse(run_ended=self._runs.ended)
+            return pb.PollTaskResponse(run_ended=self._runs.ended), b""
         run, token = found
         if not token:
-            return pb.PollTaskResponse(introduce=run.terms())
+            return pb.PollTaskResponse(introduce=run.terms()), b""
         if (question := run.coordinator.secure_sums.question(worker.name, token)) is not None:
-            return pb.PollTaskResponse(question=question)
+            return pb.PollTaskResponse(question=question), b""
         task = run.coordinator.terms.message(worker.name, token)
         if worker.registration.many_runs and not run.is_own:
             task.terms.CopyFrom(run.terms())
@@ -168,14 +190,11 @@ class HostService(aggregator_pb2_grpc.AggregatorServicer):
         if told is not None and told.held_version:
             held = told.held_version, checked_digest(told.held_digest)
         with run.calling():
-            model = await run.service.model_along(worker.name, token, held, request.model_bytes)
-        return pb.PollTaskResponse(task=task, model=model)
-
-    async def PollTasks(
-        self, request_iterator: AsyncIterator[pb.PollTasksRequest], context: Context
-    ) -> AsyncIterator[pb.PollTasksResponse]:
-        async for request in request_iterator:
-            yield pb.PollTasksResponse(answer=await self.PollTask(request.poll, context))
+            encoded = await run.service.model_of(worker.name, token, held)
+            most_bytes = min(request.model_bytes, run.settings.max_chunk_bytes)
+            along = sending.enter_context(self._along.sending(encoded, most_bytes))
+            model = await self._along.message(encoded) if along and encoded is not None else b""
+        return pb.PollTaskResponse(task=task), model
 
     def _hear_poll(self, worker: Worker, request: pb.PollTaskRequest) -> None:
         """Tell each run what the worker has of it."""

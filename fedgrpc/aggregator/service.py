@@ -12,7 +12,7 @@ import grpc.aio
 from fedgrpc.aggregator.coordinator import Coordinator
 from fedgrpc.aggregator.delta_bases import Held
 from fedgrpc.aggregator.negotiation import RAW, reduction_for
-from fedgrpc.aggregator.payload_encoder import Pull
+from fedgrpc.aggregator.payload_encoder import EncodedModel, Pull
 from fedgrpc.aggregator.receiver import Receiver
 from fedgrpc.aggregator.registering import Registering
 from fedgrpc.aggregator.roles import check_claim
@@ -29,12 +29,12 @@ from fedgrpc.aggregator.views import (
     watch_interval_s,
 )
 from fedgrpc.aggregator.worker_calls import WorkerCalls
-from fedgrpc.codec.chunk import Chunk, crc32
+from fedgrpc.codec.chunk import Chunk
 from fedgrpc.codec.digest import DIGEST_BYTES
 from fedgrpc.errors import FedgrpcError, LayoutError, NotFound, WrongOffset
 from fedgrpc.protocol.descriptions import description_from_proto
 from fedgrpc.protocol.durations import duration_to_proto
-from fedgrpc.protocol.tensors import chunk_from_proto, chunk_to_proto
+from fedgrpc.protocol.tensors import chunk_from_proto
 from fedgrpc.rounds.events import TaskPhase
 from fedgrpc.rpc.admission import caller, quota_key
 from fedgrpc.rpc.identity import Session, peer_of
@@ -43,9 +43,6 @@ from fedgrpc.v1 import aggregator_pb2 as pb
 from fedgrpc.v1 import aggregator_pb2_grpc
 
 _MAX_PAGE = 1000
-# Models that go along with the tasks of a round: all together, and the least of each.
-_ALONG_BYTES = 16 << 20
-_LEAST_ALONG_BYTES = 16 << 10
 _AROUND_CHUNK_BYTES = 64 << 10
 _MAX_ROUND = (1 << 63) - 1
 
@@ -116,26 +113,14 @@ class AggregatorService(aggregator_pb2_grpc.AggregatorServicer):
         await self.calls.describe(request.worker, description_from_proto(request))
         return pb.DescribeModelResponse()
 
-    async def model_along(
-        self, worker: str, token: str, held: Held | None, most_bytes: int
-    ) -> pb.TaskModel | None:
-        """Return the model of a task, where it is small; None: the worker has to pull it."""
-        round_, layout = self._run.round, self._run.layout
-        # As pulls do, all answers together take a bounded memory in gRPC's buffers, or the least each.
-        share = max(_LEAST_ALONG_BYTES, _ALONG_BYTES // max(1, 0 if round_ is None else len(round_.state.tasks)))
-        most_bytes = min(most_bytes, share, self._settings.max_chunk_bytes)
-        if not layout or sum(spec.nbytes for spec in layout) > most_bytes:
+    async def model_of(self, worker: str, token: str, held: Held | None) -> EncodedModel | None:
+        """Return the model of a task as a pull would bring it; None: there is none, and a pull will say why."""
+        if not self._run.layout:
             return None
         try:
-            encoded = await self._models.get(self._pull_of(worker, token, held))
-            header = pb.PullModelResponse.FromString(encoded.header).header
-            if encoded.payload is None:
-                return pb.TaskModel(header=header)
-            data = await asyncio.to_thread(encoded.payload.read, 0, encoded.payload.size_bytes)
+            return await self._models.get(self._pull_of(worker, token, held))
         except FedgrpcError:
-            # Whatever it is, the worker learns of it where it can act on it: when it pulls.
             return None
-        return pb.TaskModel(header=header, chunk=chunk_to_proto(Chunk(0, data, crc32(data))))
 
     async def PullModel(self, request: pb.PullModelRequest, context: grpc.aio.ServicerContext) -> None:
         encoded = await self._models.get(self._pull(request, context))

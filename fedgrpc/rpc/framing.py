@@ -44,6 +44,8 @@ _CHUNK_TAG: Final = 0x12
 _OFFSET_TAG: Final = 0x08
 _DATA_TAG: Final = 0x12
 _CRC_TAG: Final = 0x1D
+_ANSWER_TAG: Final = b"\x0a"
+_MODEL_TAG: Final = b"\x22"
 _CRC: Final = struct.Struct("<BI")
 _MAX_VARINT_BYTES: Final = 10
 _CHUNK_BESIDE_BYTES: Final = 32
@@ -62,6 +64,15 @@ def message_of(chunk: Chunk) -> bytes:
     after = _CRC.pack(_CRC_TAG, chunk.crc32) if chunk.crc32 else b""
     head = b"\x12" + _varint(len(before) + size + len(after)) + before
     return b"".join((head, chunk.data, after))
+
+
+def polled(answer: _Message, model: bytes) -> bytes:
+    """Return a `PollTasksResponse` with an answer and the `TaskModel`, serialized, that comes along; b"": none."""
+    # Fields of a message may come in any number of pieces, so the model is copied once.
+    fields = answer.SerializeToString()
+    added = _MODEL_TAG + _varint(len(model)) if model else b""
+    size = _varint(len(fields) + len(added) + len(model))
+    return b"".join((_ANSWER_TAG, size, fields, added, model))
 
 
 def parse(message: bytes) -> Chunk | None:
@@ -203,6 +214,9 @@ def add_aggregator(
         {
             "PullModel": grpc.unary_stream_rpc_method_handler(
                 servicer.PullModel, aggregator_pb2.PullModelRequest.FromString, to_wire
+            ),
+            "PollTasks": grpc.stream_stream_rpc_method_handler(
+                servicer.PollTasks, aggregator_pb2.PollTasksRequest.FromString, to_wire
             ),
             "WatchRounds": grpc.unary_stream_rpc_method_handler(
                 servicer.WatchRounds, aggregator_pb2.WatchRoundsRequest.FromString, to_wire

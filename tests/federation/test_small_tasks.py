@@ -9,13 +9,17 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from fedgrpc.aggregator.host_service import HostService
+from fedgrpc.aggregator.models_along import ModelsAlong
+from fedgrpc.aggregator.payload_encoder import EncodedModel
 from fedgrpc.codec.chunk import FIRST_CHUNK_BYTES
 from fedgrpc.codec.digest import digest_of
 from fedgrpc.codec.payload import PayloadReader, buffer_reader, tensors_of
 from fedgrpc.protocol.durations import duration_to_proto
 from fedgrpc.protocol.tensors import manifest_from_proto
+from fedgrpc.rpc.framing import polled as polled_message
 from fedgrpc.rpc.framing import push_whole
 from fedgrpc.v1 import aggregator_pb2 as pb
+from fedgrpc.v1 import tensor_pb2
 from fedgrpc.worker.throttle import Throttle
 from tests.support.hand_driven_device import MODEL, PATIENCE_S, chunks, encoded, refused, update_of
 from tests.support.running_federation import ShiftTrainer, running_aggregator, start_worker
@@ -56,7 +60,7 @@ async def test_what_the_worker_holds_comes_as_a_difference_and_what_it_wants_not
     recipes = {"download_recipe": "int8+zstd", "upload_recipe": "raw"}
     async with running_aggregator(tmp_path, rounds=2, policy=ALONE, **recipes) as running:
         device = await running.device("a")
-        for most_bytes in (0, 1000, 8000):
+        for most_bytes in (0, 100, 500):
             assert not (await polled(device, most_bytes)).HasField("model")
         first = await polled(device, FIRST_CHUNK_BYTES)
         held = (1, first.model.header.manifest.digest)
@@ -68,14 +72,49 @@ async def test_what_the_worker_holds_comes_as_a_difference_and_what_it_wants_not
         assert second.model.header.HasField("held_crc32")
 
 
-async def test_models_of_a_large_round_do_not_come_along(tmp_path, monkeypatch):
-    """All answers together have a bound in memory, as all pulls have."""
-    monkeypatch.setattr("fedgrpc.aggregator.service._ALONG_BYTES", 12_000)
-    monkeypatch.setattr("fedgrpc.aggregator.service._LEAST_ALONG_BYTES", 1000)
-    async with running_aggregator(tmp_path, rounds=1, policy={"min_workers": 2}) as running:
-        devices = [await running.device(name) for name in "ab"]
-        replies = await asyncio.gather(*(polled(device, 1 << 20) for device in devices))
-        assert not any(reply.HasField("model") for reply in replies)
+async def asked(device, most_bytes):
+    """The answer to a poll over the open call of a worker's polls."""
+    call = device.stub.PollTasks()
+    poll = pb.PollTaskRequest(worker=device.name, wait=duration_to_proto(10.0), model_bytes=most_bytes)
+    await call.write(pb.PollTasksRequest(poll=poll))
+    return (await call.read()).answer
+
+
+async def test_a_model_comes_along_over_an_open_call_unless_too_many_are_on_their_way(tmp_path, monkeypatch):
+    async with running_aggregator(tmp_path, rounds=1, policy=ALONE) as running, asyncio.timeout(PATIENCE_S):
+        device = await running.device("a")
+        reply = await asked(device, FIRST_CHUNK_BYTES)
+        header, payload = await device.pull(reply.task)
+        assert (reply.model.header, reply.model.chunk.data) == (header, payload)
+        monkeypatch.setattr("fedgrpc.aggregator.models_along._MOST_BYTES", len(payload) - 1)
+        monkeypatch.setattr("fedgrpc.aggregator.models_along.LEAST_BYTES", 1000)
+        assert not (await asked(device, FIRST_CHUNK_BYTES)).HasField("model")
+
+
+def test_a_model_is_beyond_the_bound_while_another_is_on_its_way(monkeypatch):
+    monkeypatch.setattr("fedgrpc.aggregator.models_along._MOST_BYTES", 150_000)
+    along, (large, small) = ModelsAlong(), map(of_size, (100_000, 10_000))
+    with along.sending(large, 1 << 20) as first:
+        with along.sending(large, 1 << 20) as second, along.sending(small, 1 << 20) as third:
+            assert (first, second, third) == (True, False, True)
+        with along.sending(None, 1 << 20) as none, along.sending(small, 9_999) as unwanted:
+            assert (none, unwanted) == (False, False)
+    with along.sending(large, 100_000) as again:
+        assert again
+
+
+def of_size(size_bytes):
+    manifest, payload = encoded({"w": np.zeros(size_bytes // 4, np.float32)})
+    assert len(payload) == size_bytes
+    return EncodedModel(1, manifest_from_proto(manifest), None)
+
+
+def test_an_answer_with_a_model_is_what_protobuf_would_write():
+    model = pb.TaskModel(header=pb.ModelHeader(version=3), chunk=tensor_pb2.Chunk(data=b"x" * 1000))
+    answer = pb.PollTaskResponse(task=pb.Task(token="t" * 200), run_ended=True)
+    whole = pb.PollTaskResponse(task=answer.task, run_ended=True, model=model)
+    for bytes_, expected in ((model.SerializeToString(), whole), (b"", answer)):
+        assert pb.PollTasksResponse.FromString(polled_message(answer, bytes_)).answer == expected
 
 
 async def test_an_update_in_one_message_counts_once_however_often_it_comes(tmp_path):

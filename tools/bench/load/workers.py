@@ -16,7 +16,7 @@ import grpc
 import grpc.aio
 import numpy as np
 
-from fedgrpc.codec.chunk import chunks
+from fedgrpc.codec.chunk import FIRST_CHUNK_BYTES, LARGE_CHUNK_BYTES, chunks
 from fedgrpc.codec.encoding import ENCODING_NAMES
 from fedgrpc.codec.payload import buffer_reader, write_payload
 from fedgrpc.codec.recipe import Recipe
@@ -34,6 +34,8 @@ from fedgrpc.worker.task_stream import TaskStream
 
 PATIENCE_S = 300.0
 WAIT_S = 30.0
+# As `fedgrpc.worker.model_pulls` has it.
+_ALONG_S = 0.1
 _ZSTD = tensor_pb2.COMPRESSION_ZSTD
 
 
@@ -83,6 +85,7 @@ class Worker:
         self._one_call_a_poll = options.unary
         self._eager = eager
         self._rng = random.Random(name)
+        self._along_bytes = FIRST_CHUNK_BYTES
 
     async def live(self, connecting: asyncio.Semaphore) -> None:
         """Until cancelled."""
@@ -117,7 +120,11 @@ class Worker:
 
     async def _turn(self) -> None:
         begun = time.monotonic()
-        wait = pb.PollTaskRequest(worker=self._name, wait=duration_to_proto(0.0 if self._eager else WAIT_S))
+        wait = pb.PollTaskRequest(
+            worker=self._name,
+            wait=duration_to_proto(0.0 if self._eager else WAIT_S),
+            model_bytes=self._along_bytes,
+        )
         if self._one_call_a_poll:
             reply = await self._stub.PollTask(wait, timeout=WAIT_S + 60)
         else:
@@ -125,14 +132,23 @@ class Worker:
         if self._eager:
             print(begun, time.monotonic() - begun, flush=True)
         if reply.HasField("task"):
+            if not reply.HasField("model"):
+                await self._pull_model(reply.task)
             await self._perform(reply.task)
         elif self._eager:
             await asyncio.sleep(self._rng.uniform(0.1, 0.3))
 
+    async def _pull_model(self, task: Any) -> None:
+        """Pull the model of a task, and find what the link carries, as a real worker does."""
+        size_bytes, begun = 0, time.monotonic()
+        async for message in self._pull(pb.PullModelRequest(worker=self._name, token=task.token)):
+            begun = begun if size_bytes else time.monotonic()
+            size_bytes += len(message)
+        took_s = time.monotonic() - begun
+        self._along_bytes = min(LARGE_CHUNK_BYTES, int(_ALONG_S * size_bytes / max(took_s, 1e-3)))
+
     async def _perform(self, task: Any) -> None:
         self._seen.tasks_at[task.round].append(time.monotonic())
-        async for _ in self._pull(pb.PullModelRequest(worker=self._name, token=task.token)):
-            pass
         beat = pb.HeartbeatRequest(worker=self._name, token=task.token, phase=round_pb2.TASK_PHASE_TRAINING)
         await self._stub.Heartbeat(beat, timeout=60)
         await asyncio.sleep(self._rng.uniform(0, self._train_s))
