@@ -47,7 +47,7 @@ _SESSION_BYTES: Final = 16
 # Before there is a mean: this many times the value that all have in a difference as long as the clip norm.
 _FIRST_MARGIN: Final = 16.0
 # Words that are unpacked at a time: a multiple of eight, which take whole bytes.
-_PIECE_WORDS: Final = 1 << 18
+_PIECE_WORDS: Final = 1 << 16
 _PHASES: Final = {
     "shares": SecurePhase.SHARING,
     "proofs": SecurePhase.CONFIRMING,

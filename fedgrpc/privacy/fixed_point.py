@@ -57,13 +57,18 @@ class FixedPoint:
         """
         if not 1 <= weight < max(2, 1 << self.weight_bits):
             raise EncodeError(f"the weight {weight} does not fit {self.weight_bits} bits")
-        wide = values.astype(np.float64)
-        if not np.isfinite(wide).all():
+        if not np.isfinite(values).all():
             raise EncodeError("a tensor holds NaN or infinity: it cannot be part of a secure sum")
-        scaled = (np.clip(wide, -self.bound, self.bound) + self.bound) / self.step + rng.random(values.shape)
+        scaled = values.astype(np.float64)
+        np.clip(scaled, -self.bound, self.bound, out=scaled)
+        scaled += self.bound
+        scaled /= self.step
+        scaled += rng.random(values.shape)
         # Rounding errors of the division must not lift the largest value over the grid's end.
-        whole = np.minimum(np.floor(scaled), (1 << self.bits) - 1)
-        encoded: Array = whole.astype(np.uint64) * np.uint64(weight)
+        np.minimum(scaled, (1 << self.bits) - 1, out=scaled)
+        # Nothing is below 0, so leaving out the fraction is the floor.
+        encoded: Array = scaled.astype(np.uint64)
+        encoded *= np.uint64(weight)
         return encoded
 
     def mean(self, total: Array, weight: int) -> Array:

@@ -7,6 +7,7 @@ can be masked, packed and summed a piece at a time.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from math import gcd
 from typing import Final
 
 import numpy as np
@@ -29,24 +30,31 @@ class Masks:
     def add_to(self, values: Array) -> Array:
         """Return the next piece `values` plus its masks, modulo 2^bits, in the dtype of `word_dtype`."""
         dtype = word_dtype(self._bits)
-        total = values.astype(dtype)
+        total = values.astype(dtype).reshape(-1)
+        mask = np.empty_like(total)
         for stream, sign in self._streams:
-            mask = stream.words(values.size, self._bits).reshape(values.shape)
+            # Whole words: what is above the low bits goes with the modulus.
+            stream.fill(mask)
             np.add(total, mask, out=total) if sign > 0 else np.subtract(total, mask, out=total)
-        masked: Array = total & dtype.type((1 << self._bits) - 1)
-        return masked
+        total &= dtype.type((1 << self._bits) - 1)
+        return total.reshape(values.shape)
 
 
 def pack_words(words: Array, bits: int) -> Array:
     """Return `words` (unsigned, below 2^bits) as ceil(count * bits / 8) bytes, least significant bit first."""
-    lanes = _lanes(bits)
-    groups = np.zeros((-(-words.size // 8), 8), np.uint64)
-    groups.reshape(-1)[: words.size] = words.reshape(-1)
-    packed = np.zeros((groups.shape[0], bits), np.uint8)
-    for lane, (start, shift, width) in enumerate(lanes):
-        # Little-endian bytes of the shifted word; neighbours share a byte where one ends and the next begins.
-        shifted = (groups[:, lane] << np.uint64(shift)).astype("<u8").view(np.uint8).reshape(-1, 8)
-        packed[:, start : start + width] |= shifted[:, :width]
+    merged: Array = np.zeros(-(-words.size // 8) * 8, word_dtype(bits))
+    merged[: words.size] = words.reshape(-1)
+    for size, width in _fields(bits)[:-1]:
+        low = (1 << width) - 1
+        merged = merged.view(word_dtype(2 * size))
+        # The upper of two fields moves down, right behind the lower one.
+        merged = (merged & low) | ((merged >> (size - width)) & (low << width))
+    packed = np.zeros((-(-words.size // 8), bits), np.uint8)
+    lanes = merged.reshape(len(packed), len(_lanes(bits)))
+    for lane, (start, shift, touched) in enumerate(_lanes(bits)):
+        # Little-endian bytes of the shifted field; neighbours share a byte where one ends and the next begins.
+        shifted = (lanes[:, lane].astype("<u8") << np.uint64(shift)).view(np.uint8).reshape(-1, 8)
+        packed[:, start : start + touched] |= shifted[:, :touched]
     return packed.reshape(-1)[: packed_bytes(words.size, bits)]
 
 
@@ -55,18 +63,23 @@ def unpack_words(packed: Array, count: int, bits: int) -> Array:
 
     Raises CorruptError unless there are exactly as many bytes as that takes, with zeros after the last word.
     """
-    lanes = _lanes(bits)
+    *fields, (size, width) = _fields(bits)
     if packed.size != packed_bytes(count, bits) or (count * bits % 8 and int(packed[-1]) >> (count * bits % 8)):
         raise CorruptError(f"{packed.size} bytes are not {count} words of {bits} bits")
     rows = np.zeros((-(-count // 8), bits), np.uint8)
     rows.reshape(-1)[: packed.size] = packed
-    words = np.empty((rows.shape[0], 8), word_dtype(bits))
-    for lane, (start, shift, width) in enumerate(lanes):
-        wide = np.zeros((rows.shape[0], 8), np.uint8)
-        wide[:, :width] = rows[:, start : start + width]
-        lane_words = wide.view("<u8").reshape(-1) >> np.uint64(shift)
-        words[:, lane] = lane_words & np.uint64((1 << bits) - 1)
-    return words.reshape(-1)[:count]
+    lanes = np.empty((len(rows), len(_lanes(bits))), word_dtype(size))
+    for lane, (start, shift, touched) in enumerate(_lanes(bits)):
+        wide = np.zeros((len(rows), 8), np.uint8)
+        wide[:, :touched] = rows[:, start : start + touched]
+        field = wide.view("<u8").reshape(-1) >> np.uint64(shift)
+        lanes[:, lane] = field & np.uint64((1 << width) - 1)
+    merged: Array = lanes.reshape(-1)
+    for size, width in reversed(fields):
+        low = (1 << width) - 1
+        upper = (merged & (low << width)) << (size - width)
+        merged = ((merged & low) | upper).view(word_dtype(size))
+    return merged[:count]
 
 
 def packed_bytes(count: int, bits: int) -> int:
@@ -74,8 +87,21 @@ def packed_bytes(count: int, bits: int) -> int:
     return (count * bits + 7) // 8
 
 
-def _lanes(bits: int) -> list[tuple[int, int, int]]:
-    """Return first byte, shift and bytes touched of each of eight words, which take `bits` bytes together."""
+def _fields(bits: int) -> list[tuple[int, int]]:
+    """Return the steps in which words of `bits` bits become lanes: (bits of room, bits used) of each.
+
+    At each step two become one of twice the size, while one that is shifted to its place in a byte fits 64 bits.
+    """
     if not 1 <= bits <= MAX_PACKED_BITS:
         raise ValueError(f"packed words have 1 to {MAX_PACKED_BITS} bits, not {bits}")
-    return [(lane * bits // 8, lane * bits % 8, (lane * bits % 8 + bits + 7) // 8) for lane in range(8)]
+    fields = [(8 * word_dtype(bits).itemsize, bits)]
+    while (size := 2 * fields[-1][0]) <= 64 and (width := 2 * fields[-1][1]) + 8 - gcd(width, 8) <= 64:
+        fields.append((size, width))
+    return fields
+
+
+def _lanes(bits: int) -> list[tuple[int, int, int]]:
+    """Return first byte, shift and bytes touched of each lane of eight words, which take `bits` bytes together."""
+    _, width = _fields(bits)[-1]
+    places = (divmod(at, 8) for at in range(0, 8 * bits, width))
+    return [(start, shift, (shift + width + 7) // 8) for start, shift in places]

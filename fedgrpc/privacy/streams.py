@@ -19,6 +19,7 @@ from fedgrpc.codec.layout import Array
 KEY_BYTES: Final = 32
 _PIECE: Final = 1 << 15
 _BLOCK_BYTES: Final = 64
+_ZEROS: Final = memoryview(bytes(1 << 17))
 _WORDS: Final = {8: "u1", 16: "<u2", 32: "<u4", 64: "<u8"}
 
 
@@ -43,11 +44,19 @@ class RandomStream:
         """Return the next `count` bytes."""
         return self._cipher.update(bytes(count))
 
+    def fill(self, words: Array) -> None:
+        """Overwrite `words` (little-endian, contiguous) with the next ones: all of their bits are random."""
+        into = words.reshape(-1).view(np.uint8)
+        for start in range(0, into.size, len(_ZEROS)):
+            piece = into[start : start + len(_ZEROS)]
+            self._cipher.update_into(_ZEROS[: piece.size], piece.data)
+
     def words(self, count: int, bits: int) -> Array:
         """Return the next `count` numbers, uniform from 0 to 2^bits - 1, in the dtype of `word_dtype`."""
-        dtype = word_dtype(bits)
-        words = np.frombuffer(self.raw(count * dtype.itemsize), dtype)
-        return words if bits == 8 * dtype.itemsize else words & dtype.type((1 << bits) - 1)
+        words = np.empty(count, word_dtype(bits))
+        self.fill(words)
+        words &= words.dtype.type((1 << bits) - 1)
+        return words
 
     def normals(self, count: int) -> Array:
         """Return the next `count` numbers of the standard normal distribution, float64.

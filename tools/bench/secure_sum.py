@@ -218,12 +218,18 @@ def accuracy(arguments: argparse.Namespace) -> None:
     from tools.bench.secure_accuracy import accuracies
 
     print(f"load {os.getloadavg()[0]:.1f}, {arguments.rounds} rounds, seeds {arguments.seeds}")
+    plain: list[float] = []
     for bits in (0, *arguments.bits):
-        scores = [accuracies(bits, arguments.rounds, seed) for seed in range(arguments.seeds)]
-        found = " ".join(f"{score:.2%}" for score, _ in scores)
-        clipped = max(share for _, share in scores)
+        played = [accuracies(bits, arguments.rounds, seed) for seed in range(arguments.seeds)]
+        scores, clipped = [score for score, _ in played], max(share for _, share in played)
+        plain = plain or scores
+        points = [100 * (score - without) for score, without in zip(scores, plain, strict=True)]
         name = f"secure, {bits} bits" if bits else "float, no secure sum"
-        print(f"{name:22} {mean(score for score, _ in scores):.2%}  ({found})  clipped {clipped:.3%}", flush=True)
+        found = " ".join(f"{score:.2%}" for score in scores)
+        print(f"{name:22} {mean(scores):.2%}  ({found})  clipped {clipped:.3%}", flush=True)
+        print(
+            f"{'':22} points from float: {mean(points):+.2f}, {min(points):+.2f} to {max(points):+.2f}", flush=True
+        )
 
 
 def main() -> None:
