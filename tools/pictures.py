@@ -1,6 +1,6 @@
-"""Draw the pictures of docs/images that follow from a table of the documentation: encodings.png and privacy.png.
+"""Draw the pictures of docs/images that follow from tables of the documentation.
 
-    python -m tools.pictures                 # both; or name one: encodings, privacy
+    python -m tools.pictures                 # all; or name one: encodings, privacy, robust
 
 The rule: a picture shows what its page's table says, so it is drawn again without measuring again. The benchmarks
 draw their own results with the same functions.
@@ -18,6 +18,7 @@ from fedgrpc.plots import COLOURS, TEXT_PT, label_points, legend_below, new_figu
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
 Row = Mapping[str, str]
+ROBUST_FLEETS = ("iid, 20 workers", "dirichlet:0.5, 20 workers", "iid, 50 workers", "dirichlet:0.5, 50 workers")
 # (epsilon, mean accuracy, its standard deviation)
 Curve = Sequence[tuple[float, float, float]]
 
@@ -92,6 +93,30 @@ def draw_privacy(curves: Mapping[str, Curve], plain: float, delta: float, path: 
     save(figure, path)
 
 
+def draw_robust(fleets: Mapping[str, Sequence[Row]], path: Path) -> None:
+    """Draw the accuracy of each rule under each attack of a fifth of the devices, a panel for each fleet."""
+    figure, panels = new_figure(len(fleets), 4.6 * len(fleets), 4.8, sharey=True)
+    for panel, (name, rows) in zip(panels, fleets.items(), strict=True):
+        rules = list(rows[0])[2:]
+        shown = [row for row in rows if row[name] == "20%"]
+        for row, (colour, marker) in zip(shown, styles(), strict=False):
+            accuracies = [number(row[rule]) for rule in rules]
+            panel.plot(rules, accuracies, marker, color=colour, markersize=6, label=row["attack"])
+        panel.axhline(
+            number(rows[0]["mean"]), color="#555555", linestyle="--", linewidth=1, label="mean, no attack"
+        )
+        panel.set(title=name)
+        panel.tick_params(axis="x", labelrotation=60)
+    panels[0].set(ylabel="accuracy on held-out images, %")
+    legend_below(figure, panels[0], 6)
+    save(figure, path)
+
+
+def _robust(path: Path) -> None:
+    page = DOCS / "measurements" / "robust.md"
+    draw_robust({name: rows_of(page, name) for name in ROBUST_FLEETS}, path)
+
+
 def _encodings(path: Path) -> None:
     rows = rows_of(DOCS / "transport.md", "encoding (up / down)")
     draw_encodings(
@@ -125,7 +150,11 @@ def _mean_and_spread(text: str) -> tuple[float, float]:
     return float(mean), float(spread)
 
 
-PICTURES: Mapping[str, Callable[[Path], None]] = {"encodings": _encodings, "privacy": _privacy}
+PICTURES: Mapping[str, Callable[[Path], None]] = {
+    "encodings": _encodings,
+    "privacy": _privacy,
+    "robust": _robust,
+}
 
 
 def main() -> None:

@@ -37,6 +37,8 @@ def main() -> int:
         "updates": sum(outcome.updates for outcome in outcomes),
         "of them stale": sum(outcome.stale_updates for outcome in outcomes),
         "kills": sum(outcome.crashes for outcome in outcomes),
+        "ledger entries": sum(outcome.ledger_entries for outcome in outcomes),
+        "worlds with a ledger": sum(outcome.ledger_entries > 0 for outcome in outcomes),
         "virtual hours": round(sum(outcome.virtual_s for outcome in outcomes) / 3600),
     }
     print(f"{len(outcomes)} worlds, {len(broken)} with a broken promise, in {time.monotonic() - begun:.0f} s:")

@@ -37,6 +37,7 @@ class Outcome:
     updates: int
     stale_updates: int
     crashes: int
+    ledger_entries: int
     virtual_s: float
 
 
@@ -97,6 +98,7 @@ class World:
             updates=self.watch.updates,
             stale_updates=self.watch.stale_updates,
             crashes=self.crashes,
+            ledger_entries=len(self.aggregator.disk.releases),
             virtual_s=self.loop.now,
         )
 
