@@ -10,6 +10,7 @@ import asyncio
 import selectors
 from collections.abc import Callable
 from concurrent.futures import Executor
+from contextvars import Context
 from typing import Any
 
 from fedgrpc.errors import FedgrpcError
@@ -41,6 +42,18 @@ class VirtualClockLoop(asyncio.SelectorEventLoop):
     def time(self) -> float:
         """Return the virtual time, seconds."""
         return self._virtual.now
+
+    def call_at(  # type: ignore[override]
+        self, when: float, callback: Callable[..., Any], *args: Any, context: Context | None = None
+    ) -> asyncio.TimerHandle:
+        """Call it at that time, and not a moment before."""
+        return super().call_at(when, self._reached, when, callback, *args, context=context)
+
+    def _reached(self, when: float, callback: Callable[..., Any], *args: Any) -> None:
+        # asyncio calls what is due within a nanosecond. Two that each wait for the rest of it, which is no time at
+        # all, would then keep each other ready, and the clock would stand still.
+        self._virtual.now = max(self._virtual.now, when)
+        callback(*args)
 
     def run_in_executor(  # type: ignore[override]
         self, executor: Executor | None, func: Callable[..., Any], *args: Any
