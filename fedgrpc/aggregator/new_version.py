@@ -35,6 +35,7 @@ from fedgrpc.rounds.version import Version
 from fedgrpc.runs.machine import RunMachine
 from fedgrpc.runs.merge import Merge, Weighing
 from fedgrpc.runs.round_in_progress import RoundInProgress
+from fedgrpc.runs.secure_sum import SecureSum
 from fedgrpc.storage.model_file import ModelFile, write_model
 from fedgrpc.storage.update_file import StoredUpdate
 from fedgrpc.storage.uploads import UploadJournal
@@ -81,11 +82,16 @@ class AcceptedUpdates:
                 norms = await asyncio.to_thread(self._norms, tokens, sub_models, layout)
         merge = weighing.merge(round_, tokens, sub_models, norms)
         if round_.secure is not None:
-            total = await asyncio.to_thread(unmasked_sum, round_.secure, tokens, self.load)
-            return replace(merge, means=await asyncio.to_thread(round_.secure.vector.means, total))
+            return replace(merge, means=await asyncio.to_thread(self._means, round_.secure, tokens, weighing))
         if round_.kind is not TaskKind.TRAIN or self._aggregation is None:
             return merge
         return await asyncio.to_thread(judged, self._aggregation, merge, self.load, layout)
+
+    def _means(self, sum_: SecureSum, tokens: Sequence[str], weighing: Weighing) -> dict[str, np.ndarray]:
+        total, vector = unmasked_sum(sum_, tokens, self.load), sum_.vector
+        if vector.norm is None:
+            return vector.means(total)
+        return vector.shares(total, len(tokens), weighing.cohort or len(tokens))
 
     def _sub_models(self, round_: RoundInProgress, tokens: Iterable[str]) -> dict[str, KeptChannels | None]:
         """Return the channels of partial updates, by token. Raises as `LocalModels.kept_channels`."""
@@ -167,7 +173,7 @@ class NewVersion:
         number = round_.base_version + 1
         # Scores of the version before. Computed again, they are equal, and so is the file.
         about = about_version(self._settings.run_name, round_.number, number, merge.scores.metrics)
-        if merge.means is not None:
+        if merge.means is not None and noise is None:
             assert self._settings.clip_norm is not None
             about[BOUNDS] = bounds_text(merge.means, self._settings.clip_norm)
         if round_.kind is TaskKind.INITIALIZE:

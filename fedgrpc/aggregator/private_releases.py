@@ -96,6 +96,10 @@ class PrivateReleases:
             return None
         if unbounded := complaint(shell.machine.layout):
             raise UpdateRefused(unbounded)
+        norm = ledger.rules_of(round_.number).clip_norm
+        if round_.secure is not None and not 0 < (round_.secure.vector.norm or 0.0) <= norm:
+            # It began under other settings: nobody can clip its updates any more.
+            raise UpdateRefused(f"the updates of this secure sum may be longer than the clip norm of {norm:g}")
         release = ledger.release_of(round_.number, round_.base_version + 1, list(merge.weights))
         noise, deviation = release.rules.noise(self._key, release.step), release.rules.deviation
         if release.step == ledger.next_step:

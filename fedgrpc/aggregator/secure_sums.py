@@ -10,6 +10,7 @@ import asyncio
 import json
 import secrets
 from collections.abc import Collection, Mapping
+from math import prod
 from typing import Final
 
 import numpy as np
@@ -23,6 +24,7 @@ from fedgrpc.aggregator.settings import AggregatorSettings
 from fedgrpc.aggregator.update_checks import MaskedWords
 from fedgrpc.codec.layout import Array, Layout, TensorRole
 from fedgrpc.errors import CodecError, LayoutError, RoundClosed, UpdateRefused
+from fedgrpc.privacy.bounded_rounding import grid_bound
 from fedgrpc.privacy.masks import packed_bytes, unpack_words
 from fedgrpc.privacy.one_time_keys import acceptable
 from fedgrpc.privacy.secure_round import Parts, SecurePhase
@@ -91,9 +93,14 @@ class SecureSums:
         assert secure.secure_bits is not None
         assert clip_norm is not None
         shapes = {spec.name: spec.shape for spec in layout if spec.is_trained}
+        bits, count = secure.secure_bits, max(1, count)
+        if self._settings.privacy.on:
+            # Bounds by the last mean would tell of it without noise.
+            bound = grid_bound(clip_norm, sum(map(prod, shapes.values())), bits)
+            return SecureVector(shapes, dict.fromkeys(shapes, bound), bits, 0, count, norm=clip_norm)
         bounds = known_bounds(self._models.open(version).about(BOUNDS), shapes, clip_norm)
         most = self._settings.max_examples or 1
-        return SecureVector(shapes, bounds, secure.secure_bits, secure.secure_weight_bits, max(1, count), most)
+        return SecureVector(shapes, bounds, bits, secure.secure_weight_bits, count, most)
 
     async def store(self, round_: RoundInProgress | None = None) -> None:
         """Store the sum of the round in progress, or of `round_` before it is, and only then let devices know."""

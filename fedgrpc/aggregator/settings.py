@@ -311,7 +311,9 @@ class AggregatorSettings:
                 threshold_of(degree, self.secure.secure_colluding) > degree
             ),
             "goes without late = 'carry': masks cancel within one round": policy.late == "carry",
-            "goes without privacy: rounding and what devices leave out are not accounted": privacy.on,
+            "with privacy goes without secure_weight_bits: all updates weigh the same": (
+                privacy.on and self.secure.secure_weight_bits > 0
+            ),
             "goes without aggregation: rules look at single updates": aggregation_of(self.aggregation) is not None,
             "goes without clip_quantile, which looks at single updates": self.clip_quantile is not None,
             "goes without max_update_norm: devices clip to clip_norm, and no single update is seen": (

@@ -75,6 +75,7 @@ def _described(sum_: SecureSum) -> dict[str, Any]:
             "weight_bits": vector.weight_bits,
             "count": vector.count,
             "most_examples": vector.most_examples,
+            "norm": vector.norm,
         },
         "roster": sorted(state.roster),
         # Of no use before there is a roster: those who have shared share again.
@@ -112,5 +113,6 @@ def _sum_of(told: dict[str, Any], uploaded: frozenset[str], due_at: float) -> Se
         vector["weight_bits"],
         vector["count"],
         vector["most_examples"],
+        vector["norm"],
     )
     return SecureSum(state, summed, told["phase_s"], None if phase is SecurePhase.MASKING else due_at)

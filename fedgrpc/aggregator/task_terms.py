@@ -157,6 +157,8 @@ class TaskTerms:
         message = task_to_proto(task, self._clock())
         if evaluation is None and round_ is not None and round_.secure is not None:
             message.secure.CopyFrom(secure_task_to_proto(round_.secure, worker))
+            # Rounding makes updates longer.
+            message.privacy.clip_norm = round_.secure.vector.clip_norm or message.privacy.clip_norm
         if self._fleet.get(worker).leads:
             models = self._local_models
             message.leaf.CopyFrom(instructions.for_leaf(models.to_proto(), models.channels))

@@ -24,12 +24,16 @@ MAX_SUM_BITS = MAX_PACKED_BITS
 
 @dataclass(frozen=True)
 class FixedPoint:
-    """Grid of one tensor: `count` devices, values within `bound` of 0 at `bits` bits, weights of `weight_bits`."""
+    """Grid of one tensor: `count` devices, values within `bound` of 0 at `bits` bits, weights of `weight_bits`.
+
+    A sum has `spare_bits` more than it needs.
+    """
 
     bound: float
     bits: int
     weight_bits: int
     count: int
+    spare_bits: int = 0
 
     def __post_init__(self) -> None:
         if not (np.isfinite(self.bound) and self.bound > 0):
@@ -47,7 +51,7 @@ class FixedPoint:
     @property
     def sum_bits(self) -> int:
         """Bits of a sum: all arithmetic is modulo 2 to this power."""
-        return self.bits + self.weight_bits + (self.count - 1).bit_length()
+        return self.bits + self.weight_bits + (self.count - 1).bit_length() + self.spare_bits
 
     def encode(self, values: Array, weight: int, rng: np.random.Generator) -> Array:
         """Return `weight` times the integers of `values` (floats of any shape), uint64, below 2^`sum_bits`.

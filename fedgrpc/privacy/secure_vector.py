@@ -9,13 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from math import prod
+from math import isfinite, prod
 from typing import Final
 
 import numpy as np
 
 from fedgrpc.codec.layout import Array
-from fedgrpc.errors import LayoutError, UsageError
+from fedgrpc.errors import EncodeError, LayoutError, UpdateRefused, UsageError
+from fedgrpc.privacy.bounded_rounding import clip_norm, folded, squared_length
 from fedgrpc.privacy.fixed_point import FixedPoint
 
 # Devices' values spread more than their mean. Measured on Fashion-MNIST: 1 in 10,000 values is clipped. A margin
@@ -24,6 +25,8 @@ _MARGIN: Final = 4.0
 # A tensor that did not change may change again.
 _LEAST_SHARE: Final = 1e-6
 _PIECE: Final = 1 << 15
+# One of a million roundings of a clipped update is too long.
+_MOST_DRAWS: Final = 20
 
 
 @dataclass(frozen=True)
@@ -32,6 +35,9 @@ class SecureVector:
 
     Values have `bits` bits and `count` devices take part. A weight has `weight_bits` bits: the largest stands for
     `most_examples`, and more count as that many. 0 bits: all weigh the same.
+
+    With `norm` no device adds more than an update of that length, after rounding too, and none moves the sum
+    further than that: what noise needs (`fedgrpc.privacy.bounded_rounding`). All tensors then have one bound.
     """
 
     shapes: Mapping[str, tuple[int, ...]]
@@ -40,24 +46,34 @@ class SecureVector:
     weight_bits: int
     count: int
     most_examples: int = 1
+    norm: float | None = None
 
     def __post_init__(self) -> None:
         if self.shapes.keys() != self.bounds.keys() or not self.shapes:
             raise UsageError("a secure sum has one bound for each tensor")
         if self.most_examples < 1:
             raise UsageError("the largest weight of a secure sum stands for one example at least")
+        if self.norm is not None and not (isfinite(self.norm) and self.norm > 0):
+            raise UsageError(f"the norm of a secure sum's updates is a number above 0, not {self.norm}")
+        if self.norm is not None and (self.weight_bits or len(set(self.bounds.values())) > 1):
+            raise UsageError("a secure sum of updates within a norm has one bound, and no weights")
         for name in self.shapes:
             self._grid(name)
 
     @property
     def sum_bits(self) -> int:
         """Bits of one element: all arithmetic is modulo 2 to this power."""
-        return self._grid(next(iter(self.shapes))).sum_bits
+        return self._any_grid.sum_bits
 
     @property
     def size(self) -> int:
         """Elements of the vector."""
         return sum(prod(shape) for shape in self.shapes.values()) + 1
+
+    @property
+    def clip_norm(self) -> float | None:
+        """The length that updates are clipped to before they are rounded; None: the task's."""
+        return None if self.norm is None else clip_norm(self.norm, self._any_grid.step, self.size - 1)
 
     def weight_of(self, examples: int) -> int:
         """Return the weight, 1 to 2^weight_bits - 1, of a device with so many examples."""
@@ -72,32 +88,71 @@ class SecureVector:
     def pieces(self, update: Mapping[str, Array], examples: int, rng: np.random.Generator) -> Iterator[Array]:
         """Yield the vector of `update` in pieces that fit the cache, uint64, tensor by tensor, then the weight.
 
-        Raises LayoutError for tensors that are not those of the task, EncodeError for values that are not finite.
+        Raises LayoutError for tensors that are not those of the task, EncodeError for values that are not finite,
+        and for an update that is longer than `norm` however it is rounded.
         """
         self.check(update)
         weight = self.weight_of(examples)
+        if self.norm is not None:
+            self._find_short(update, rng)
+        yield from self._rounded(update, weight, rng)
+        yield np.array([weight], np.uint64)
+
+    def _rounded(self, update: Mapping[str, Array], weight: int, rng: np.random.Generator) -> Iterator[Array]:
         for name in self.shapes:
             grid, values = self._grid(name), update[name].reshape(-1)
             for start in range(0, values.size, _PIECE):
                 yield grid.encode(values[start : start + _PIECE], weight, rng)
-        yield np.array([weight], np.uint64)
+
+    def _find_short(self, update: Mapping[str, Array], rng: np.random.Generator) -> None:
+        """Bring `rng` to where it draws a rounding that is no longer than `norm`."""
+        assert self.norm is not None
+        most = 2 * self.norm / self._any_grid.step
+        for _ in range(_MOST_DRAWS):
+            before = rng.bit_generator.state
+            if sum(squared_length(piece, self.bits) for piece in self._rounded(update, 1, rng)) <= most * most:
+                rng.bit_generator.state = before
+                return
+        raise EncodeError("no rounding of this update is within the norm of its task: it was not clipped enough")
 
     def means(self, total: Array) -> dict[str, Array]:
         """Return the weighted mean of each tensor, float64, from the sum of all vectors.
 
         Raises LayoutError for another size, and UpdateRefused for a sum that no honest devices make.
         """
+        weight = int(total[-1])
+        return {name: self._grid(name).mean(part, weight) for name, part in self._parts(total)}
+
+    def shares(self, total: Array, count: int, cohort: int) -> dict[str, Array]:
+        """Return the sum of `count` updates over `cohort`, by tensor, float64.
+
+        One update moves it by `norm / cohort` at most, whatever the others are. Raises LayoutError for another
+        size, and UpdateRefused where the weights are not those of so many devices: all have the same.
+        """
+        if int(total[-1]) != count:
+            raise UpdateRefused(f"the weights of a secure sum of {count} updates add up to {int(total[-1])}")
+        half_step = self._any_grid.step / 2 / cohort
+        return {
+            name: half_step * folded(part, count, self.bits, self.sum_bits) for name, part in self._parts(total)
+        }
+
+    def _parts(self, total: Array) -> Iterator[tuple[str, Array]]:
         if total.shape != (self.size,):
             raise LayoutError(f"the sum has {total.size} elements, and not {self.size}")
-        weight, start, means = int(total[-1]), 0, {}
+        start = 0
         for name, shape in self.shapes.items():
             end = start + prod(shape)
-            means[name] = self._grid(name).mean(total[start:end], weight).reshape(shape)
+            yield name, total[start:end].reshape(shape)
             start = end
-        return means
+
+    @property
+    def _any_grid(self) -> FixedPoint:
+        return self._grid(next(iter(self.shapes)))
 
     def _grid(self, name: str) -> FixedPoint:
-        return FixedPoint(self.bounds[name], self.bits, self.weight_bits, self.count)
+        # Sums that devices spoil are folded within one bit more.
+        spare_bits = 0 if self.norm is None else 1
+        return FixedPoint(self.bounds[name], self.bits, self.weight_bits, self.count, spare_bits)
 
 
 def bounds_after(means: Mapping[str, Array], clip_norm: float) -> dict[str, float]:

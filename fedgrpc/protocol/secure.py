@@ -89,6 +89,7 @@ def secure_task_to_proto(sum_: SecureSum, worker: str) -> privacy_pb2.SecureTask
         weight_bits=vector.weight_bits,
         count=vector.count,
         most_examples=vector.most_examples if vector.weight_bits else 0,
+        norm=vector.norm or 0.0,
         tensors=[
             privacy_pb2.SecureTensor(name=name, shape=shape, bound=vector.bounds[name])
             for name, shape in vector.shapes.items()
@@ -126,7 +127,13 @@ def _vector(message: privacy_pb2.SecureTask) -> SecureVector:
     bounds = {each.name: each.bound for each in message.tensors}
     try:
         return SecureVector(
-            shapes, bounds, message.bits, message.weight_bits, message.count, message.most_examples or 1
+            shapes,
+            bounds,
+            message.bits,
+            message.weight_bits,
+            message.count,
+            message.most_examples or 1,
+            message.norm or None,
         )
     except UsageError as error:
         raise LayoutError(f"the task asks for a secure sum that cannot be: {error}") from None

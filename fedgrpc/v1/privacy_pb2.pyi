@@ -121,7 +121,7 @@ class SecureTensor(_message.Message):
     def __init__(self, name: _Optional[str] = ..., shape: _Optional[_Iterable[int]] = ..., bound: _Optional[float] = ...) -> None: ...
 
 class SecureTask(_message.Message):
-    __slots__ = ("session", "keys", "point", "threshold", "neighbours", "bits", "weight_bits", "count", "most_examples", "tensors")
+    __slots__ = ("session", "keys", "point", "threshold", "neighbours", "bits", "weight_bits", "count", "most_examples", "tensors", "norm")
     SESSION_FIELD_NUMBER: _ClassVar[int]
     KEYS_FIELD_NUMBER: _ClassVar[int]
     POINT_FIELD_NUMBER: _ClassVar[int]
@@ -132,6 +132,7 @@ class SecureTask(_message.Message):
     COUNT_FIELD_NUMBER: _ClassVar[int]
     MOST_EXAMPLES_FIELD_NUMBER: _ClassVar[int]
     TENSORS_FIELD_NUMBER: _ClassVar[int]
+    NORM_FIELD_NUMBER: _ClassVar[int]
     session: bytes
     keys: OneTimeKeys
     point: int
@@ -142,7 +143,8 @@ class SecureTask(_message.Message):
     count: int
     most_examples: int
     tensors: _containers.RepeatedCompositeFieldContainer[SecureTensor]
-    def __init__(self, session: _Optional[bytes] = ..., keys: _Optional[_Union[OneTimeKeys, _Mapping]] = ..., point: _Optional[int] = ..., threshold: _Optional[int] = ..., neighbours: _Optional[_Iterable[_Union[SecureNeighbour, _Mapping]]] = ..., bits: _Optional[int] = ..., weight_bits: _Optional[int] = ..., count: _Optional[int] = ..., most_examples: _Optional[int] = ..., tensors: _Optional[_Iterable[_Union[SecureTensor, _Mapping]]] = ...) -> None: ...
+    norm: float
+    def __init__(self, session: _Optional[bytes] = ..., keys: _Optional[_Union[OneTimeKeys, _Mapping]] = ..., point: _Optional[int] = ..., threshold: _Optional[int] = ..., neighbours: _Optional[_Iterable[_Union[SecureNeighbour, _Mapping]]] = ..., bits: _Optional[int] = ..., weight_bits: _Optional[int] = ..., count: _Optional[int] = ..., most_examples: _Optional[int] = ..., tensors: _Optional[_Iterable[_Union[SecureTensor, _Mapping]]] = ..., norm: _Optional[float] = ...) -> None: ...
 
 class SecureParts(_message.Message):
     __slots__ = ("parts",)

@@ -11,7 +11,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from fedgrpc.aggregation.admission import AdmissionPolicy
-from fedgrpc.aggregator import new_version, secure_sums
+from fedgrpc.aggregator import secure_sums
 from fedgrpc.aggregator.settings import AggregatorSettings
 from fedgrpc.aggregator.update_checks import ExpectedUpdate, MaskedWords, examine
 from fedgrpc.codec.layout import layout_of
@@ -39,30 +39,10 @@ from tests.support.hand_driven_device import encoded, refused
 from tests.support.many_runs import QUICK, hosting, until
 from tests.support.processes import aggregator_process, free_address, reconnected
 from tests.support.running_federation import ShiftTrainer, running_aggregator, start_worker
+from tests.support.watched_sums import Watched
 
 MODEL = {"a": np.zeros((3, 5), np.float32), "w": np.linspace(-1, 1, 301, dtype=np.float32)}
 SECURE = {"secure": SecurePolicy(secure_bits=8), "clip_norm": 10.0}
-
-
-class Watched:
-    """Records the integers of every device and the sums that aggregators unmask; both run in this process."""
-
-    def __init__(self, monkeypatch):
-        self.plain, self.sums = [], []
-        pieces, unmasked = SecureVector.pieces, new_version.unmasked_sum
-
-        def watched_pieces(vector, update, examples, rng):
-            found = list(pieces(vector, update, examples, rng))
-            self.plain.append(np.concatenate(found))
-            return iter(found)
-
-        def watched_sum(sum_, updates, load):
-            total = unmasked(sum_, updates, load)
-            self.sums.append((sum_, total.astype(np.uint64)))
-            return total
-
-        monkeypatch.setattr(SecureVector, "pieces", watched_pieces)
-        monkeypatch.setattr(new_version, "unmasked_sum", watched_sum)
 
 
 @pytest.fixture
@@ -555,7 +535,21 @@ async def test_an_aggregator_that_is_killed_in_any_phase_goes_on_with_the_sum(
             {"secure": SecurePolicy(8, secure_colluding=4, secure_neighbours=4), "policy": RoundPolicy(quorum=20)},
             "secure_colluding",
         ),
-        ({"privacy": PrivacyPolicy("gaussian", noise_multiplier=1.0, cohort=4)}, "privacy"),
+        (
+            {
+                "privacy": PrivacyPolicy("gaussian", noise_multiplier=1.0, cohort=4),
+                "secure": SecurePolicy(8, secure_weight_bits=4),
+                "max_examples": 5,
+            },
+            "all updates weigh the same",
+        ),
+        (
+            {
+                "privacy": PrivacyPolicy("gaussian", noise_multiplier=1.0, cohort=4),
+                "policy": RoundPolicy(quorum=0, poisson_rate=0.5),
+            },
+            "quorum",
+        ),
     ],
 )
 def test_settings_that_need_single_updates_are_refused_with_the_reason(tmp_path, changes, reason):

@@ -11,7 +11,7 @@ from fedgrpc.privacy.secure_vector import SecureVector, bounds_after
 from tools.bench.secure_sum import VirtualSum
 
 _WORKERS = 16
-_HIDDEN = 64
+HIDDEN = 64
 _WEIGHT_BITS = 8
 # Before there is a round to learn it from.
 _FIRST_BOUND = 0.25
@@ -25,10 +25,9 @@ def accuracies(bits: int, rounds: int, seed: int) -> tuple[float, float]:
     # Training draws the same numbers with and without a secure sum.
     rng, rounding = np.random.default_rng(seed), np.random.default_rng((seed, 1))
     data = load_fashion_mnist()
-    train, test = (_inputs(part.inputs) for part in (data.train, data.held_out))
+    train, test = (inputs_of(part.inputs) for part in (data.train, data.held_out))
     parts = Dirichlet(0.5).split(data.train.labels, _WORKERS, seed)
-    model = {"W1": rng.normal(0, 0.05, (784, _HIDDEN)), "b1": np.zeros(_HIDDEN)}
-    model |= {"W2": rng.normal(0, 0.1, (_HIDDEN, 10)), "b2": np.zeros(10)}
+    model = first_model(rng)
     shapes = {name: tensor.shape for name, tensor in model.items()}
     bounds = dict.fromkeys(model, _FIRST_BOUND)
     clipped = 0.0
@@ -36,7 +35,7 @@ def accuracies(bits: int, rounds: int, seed: int) -> tuple[float, float]:
         rate = 0.1 * (1 + np.cos(np.pi * number / rounds)) / 2
         updates = []
         for part in parts:
-            trained = _trained(model, train[part], data.train.labels[part], rate, rng)
+            trained = trained_from(model, train[part], data.train.labels[part], rate, rng)
             updates.append({name: trained[name] - before for name, before in model.items()})
         examples = [len(part) for part in parts]
         if bits:
@@ -50,7 +49,7 @@ def accuracies(bits: int, rounds: int, seed: int) -> tuple[float, float]:
                 for name in model
             }
         model = {name: before + change[name] for name, before in model.items()}
-    right = _outputs(model, test)[1].argmax(1) == data.held_out.labels
+    right = outputs_of(model, test)[1].argmax(1) == data.held_out.labels
     return float(right.mean()), clipped
 
 
@@ -68,23 +67,31 @@ def _secure_mean(
     return vector.means(world.unmasked(world.sum_of(packed, vector.size), world.answer()))
 
 
-def _inputs(images: Array) -> Array:
+def first_model(rng: np.random.Generator) -> Tensors:
+    """Return a network with one hidden layer: 50,890 parameters."""
+    model = {"W1": rng.normal(0, 0.05, (784, HIDDEN)), "b1": np.zeros(HIDDEN)}
+    return model | {"W2": rng.normal(0, 0.1, (HIDDEN, 10)), "b2": np.zeros(10)}
+
+
+def inputs_of(images: Array) -> Array:
+    """Return images as rows of numbers around 0."""
     scaled: Array = images.reshape(len(images), -1).astype(np.float32) / 255 - 0.2860
     return scaled
 
 
-def _outputs(model: Tensors, inputs: Array) -> tuple[Array, Array]:
+def outputs_of(model: Tensors, inputs: Array) -> tuple[Array, Array]:
+    """Return the values of the hidden layer, and the scores of all classes."""
     hidden = np.maximum(inputs @ model["W1"] + model["b1"], 0)
     return hidden, hidden @ model["W2"] + model["b2"]
 
 
-def _trained(model: Tensors, inputs: Array, labels: Array, rate: float, rng: np.random.Generator) -> Tensors:
+def trained_from(model: Tensors, inputs: Array, labels: Array, rate: float, rng: np.random.Generator) -> Tensors:
     """Return the model after one epoch of plain SGD in batches of 32."""
     model = {name: tensor.astype(np.float32) for name, tensor in model.items()}
     order = rng.permutation(len(labels))
     for start in range(0, len(order), 32):
         batch = order[start : start + 32]
-        hidden, outputs = _outputs(model, inputs[batch])
+        hidden, outputs = outputs_of(model, inputs[batch])
         shares = np.exp(outputs - outputs.max(1, keepdims=True))
         slope = shares / shares.sum(1, keepdims=True)
         slope[np.arange(len(batch)), labels[batch]] -= 1

@@ -18,6 +18,7 @@ import sys
 import tempfile
 import time
 from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean, median
@@ -27,7 +28,8 @@ from safetensors.numpy import save_file
 
 from fedgrpc.calls import connect
 from fedgrpc.logging import configure
-from fedgrpc.trainer import EvalResult, TrainJob, TrainResult, Weights
+from fedgrpc.trainer import EvalResult, Trainer, TrainJob, TrainResult, Weights
+from fedgrpc.v1 import round_pb2
 from fedgrpc.v1.aggregator_pb2 import RUN_PHASE_FINISHED
 from fedgrpc.v1.round_pb2 import TASK_KIND_TRAIN
 from fedgrpc.worker.process import run_worker
@@ -74,32 +76,16 @@ def cpu_of(pid: int) -> float:
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
-async def played(folder: Path, mode: str, arguments: argparse.Namespace) -> Turn:
-    """Play one run, and return its figures."""
-    port_file, count = folder / "port", arguments.workers
+async def finished(
+    folder: Path, flags: Sequence[str | Path], trainers: Sequence[Trainer]
+) -> tuple[list[round_pb2.Round], float]:
+    """Play one run with a worker for each trainer: its rounds of training, and the aggregator's CPU seconds."""
+    port_file = folder / "port"
     started = await asyncio.create_subprocess_exec(
         *(sys.executable, "-m", "fedgrpc", "aggregator", "--data-dir", folder / "aggregator"),
-        *(
-            "--address",
-            "127.0.0.1:0",
-            "--port-file",
-            port_file,
-            "--initial-model",
-            folder.parent / "model.safetensors",
-        ),
-        *("--rounds", str(arguments.rounds + 1), "--min-workers", str(count), "--quorum", "3", "--stay"),
-        *(
-            "--clip-norm",
-            "1000",
-            "--no-evaluate",
-            "--deadline",
-            "1h",
-            "--lease",
-            "5m",
-            "--selection-window",
-            "60s",
-        ),
-        *("--log-level", "warning", *_MODES[mode]),
+        *("--address", "127.0.0.1:0", "--port-file", port_file, "--min-workers", str(len(trainers))),
+        *("--quorum", "3", "--stay", "--no-evaluate", "--deadline", "1h", "--lease", "5m"),
+        *("--selection-window", "60s", "--log-level", "warning", *flags),
     )
     try:
         # Another process writes it.
@@ -108,26 +94,35 @@ async def played(folder: Path, mode: str, arguments: argparse.Namespace) -> Turn
         address = f"127.0.0.1:{port_file.read_text().strip()}"
         workers = [
             asyncio.create_task(
-                run_worker(WorkerSettings(f"w{k}", address, folder / f"w{k}", serve_address=None), RandomWalk(k))
+                run_worker(WorkerSettings(f"w{k}", address, folder / f"w{k}", serve_address=None), trainer)
             )
-            for k in range(count)
+            for k, trainer in enumerate(trainers)
         ]
-        begun, before = time.process_time(), cpu_of(started.pid)
+        before = cpu_of(started.pid)
         async with connect(address) as operator:
             while (await operator.run()).phase != RUN_PHASE_FINISHED:  # noqa: ASYNC110 - a look now and then
                 await asyncio.sleep(0.5)
             records = [each for each in await operator.all_rounds() if each.kind == TASK_KIND_TRAIN]
-        cpu, own = cpu_of(started.pid) - before, time.process_time() - begun
+        cpu_s = cpu_of(started.pid) - before
         for worker in workers:
             worker.cancel()
         await asyncio.gather(*workers, return_exceptions=True)
     finally:
         started.terminate()
         await started.wait()
-    records = sorted(records, key=lambda each: each.number)[1:]
-    sent = [task.upload_bytes for each in records for task in each.tasks]
-    rounds = arguments.rounds + 1
-    return Turn([each.duration_seconds for each in records], mean(sent), cpu / rounds, own / rounds / count)
+    return sorted(records, key=lambda each: each.number), cpu_s
+
+
+async def played(folder: Path, mode: str, arguments: argparse.Namespace) -> Turn:
+    """Play one run, and return its figures."""
+    rounds, count, begun = arguments.rounds + 1, arguments.workers, time.process_time()
+    model = ("--initial-model", folder.parent / "model.safetensors")
+    flags = (*model, "--rounds", str(rounds), "--clip-norm", "1000", *_MODES[mode])
+    records, cpu_s = await finished(folder, flags, [RandomWalk(k) for k in range(count)])
+    own_s = time.process_time() - begun
+    seconds = [each.duration_seconds for each in records[1:]]
+    sent = [task.upload_bytes for each in records[1:] for task in each.tasks]
+    return Turn(seconds, mean(sent), cpu_s / rounds, own_s / rounds / count)
 
 
 async def compare(arguments: argparse.Namespace) -> None:
