@@ -12,6 +12,7 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
+from typing import Protocol
 
 import structlog
 
@@ -87,6 +88,22 @@ class Arrival:
             self.upload.discard()
         elif self.upload is not None and not self.upload.closed:
             self.upload.close()
+
+
+class WholeUpload(Protocol):
+    """An update whose bytes are all here, such as an `Upload`."""
+
+    header: UpdateHeader
+    manifest: Manifest
+
+    def finish(self) -> StoredUpdate:
+        """Return the update, ready to be examined. Raises `CorruptError` for other bytes than were declared."""
+
+    def seal(self) -> StoredUpdate:
+        """Accept the update. Raises `StorageError`."""
+
+    def discard(self) -> None:
+        """Leave nothing of it."""
 
 
 class Receiver:
@@ -270,7 +287,7 @@ class Receiver:
         fraction = held / total if total else 1.0
         self._shell.apply(Progress(arrival.header.token, TaskPhase.UPLOADING, fraction, held, total))
 
-    async def accept(self, upload: Upload, report: Report, expected: ExpectedUpdate) -> None:
+    async def accept(self, upload: WholeUpload, report: Report, expected: ExpectedUpdate) -> None:
         """Verify an update that is here whole, make it durable, count it. Raises as `_accept`."""
         seal = partial(self._verify_and_seal, upload, expected)
         await self._accept(upload.header, upload.manifest, report, expected, seal)
@@ -325,7 +342,7 @@ class Receiver:
         if report.unchanged:
             self._log.warning("training changed nothing", **about)
 
-    def _verify_and_seal(self, upload: Upload, expected: ExpectedUpdate) -> StoredUpdate:
+    def _verify_and_seal(self, upload: WholeUpload, expected: ExpectedUpdate) -> StoredUpdate:
         """Return the accepted update. Raises `UpdateRefused` for good, `CorruptError` and `StorageError`."""
         stored = upload.finish()
         try:

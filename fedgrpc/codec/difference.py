@@ -60,7 +60,7 @@ def add_difference(
                 submit(keep, new)
                 continue
             wanted = new if old is None else subtract(spec, new, old)
-            encoding, data = encode_tensor(spec, wanted, recipe, rng)
+            encoding, data = encode_tensor(spec, wanted, encoding, rng)
             # Decoded once here and once by each receiver: both then hold the same bits.
             arrives = encoding.decode(memoryview(data).toreadonly(), spec)
             submit(keep, arrives if old is None else add(spec, old, arrives))

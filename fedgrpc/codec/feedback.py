@@ -72,7 +72,7 @@ def write_with_feedback(
             writer.add(spec, encoding, data)
             continue
         corrected = correct(delta[spec.name], owed.get(spec.name))
-        encoding, encoded = encode_tensor(spec, corrected, recipe, rng)
+        encoding, encoded = encode_tensor(spec, corrected, encoding, rng)
         writer.add(spec, encoding, encoded)
         if not encoding.lossless and encoding.contractive:
             # Decoded as the receiver does: what is owed is what it does not see.

@@ -76,16 +76,15 @@ def write_payload(
     by_name = {spec.name: spec for spec in known}
     for name, array in tensors.items():
         spec = spec_of(name, array, by_name.get(name))
-        encoding, data = encode_tensor(spec, array, recipe, rng)
+        encoding, data = encode_tensor(spec, array, recipe.for_tensor(spec), rng)
         writer.add(spec, encoding, data)
     return writer.finish()
 
 
 def encode_tensor(
-    spec: TensorSpec, array: Array, recipe: Recipe, rng: np.random.Generator
+    spec: TensorSpec, array: Array, encoding: Encoding, rng: np.random.Generator
 ) -> tuple[Encoding, Buffer]:
-    """Encode one tensor as the recipe says, or raw where that turns out no larger."""
-    encoding = recipe.for_tensor(spec)
+    """Encode one tensor, or leave it raw where that turns out no larger; return the encoding that it has."""
     # Only parameters must be finite: a mask may hold infinities.
     if isinstance(encoding, Raw) and spec.role is not TensorRole.PARAMETER:
         return encoding, encoding.encode_any(array)
@@ -205,7 +204,7 @@ class PayloadReader:
         self._starts = list(accumulate((entry.size_bytes for entry in manifest.entries), initial=0))
         self._frame_starts = list(accumulate((f.content_size_bytes for f in manifest.frames), initial=0))
         self._frame_offsets = list(accumulate((f.size_bytes for f in manifest.frames), initial=0))
-        self._zstd = zstandard.ZstdDecompressor(max_window_size=MAX_WINDOW_BYTES)
+        self._zstd: zstandard.ZstdDecompressor | None = None
         self._held: tuple[int, memoryview] = (-1, memoryview(b""))
 
     @property
@@ -312,6 +311,8 @@ class PayloadReader:
     def _inflated(self, index: int) -> memoryview:
         frame = self.manifest.frames[index]
         compressed = self._exactly(self._frame_offsets[index], frame.size_bytes)
+        # Made when it is needed: it takes as long as reading a small payload that is not compressed.
+        self._zstd = self._zstd or zstandard.ZstdDecompressor(max_window_size=MAX_WINDOW_BYTES)
         return memoryview(inflate(self._zstd, compressed, frame.content_size_bytes))
 
     def _exactly(self, offset: int, size: int) -> memoryview:

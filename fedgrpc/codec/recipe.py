@@ -15,7 +15,7 @@ import glob
 import re
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
-from functools import cached_property
+from functools import cached_property, lru_cache
 
 from fedgrpc.codec.cast import Cast
 from fedgrpc.codec.encoding import Encoding, parse_encoding
@@ -28,6 +28,8 @@ MIN_LOSSY_ELEMENTS = 64
 MAX_RECIPE_CHARS = 4096
 ZSTD_LEVELS = range(-7, 20)
 VECTORS, LAST = "@vectors", "@last"
+_KNOWN = 64
+_RAW = Raw()
 _SUFFIX = re.compile(r"\+(none|zstd)(?::(-?\d{1,3}))?$")
 
 
@@ -61,6 +63,7 @@ class Recipe:
             raise UsageError("a budget is for the whole payload: give it to the first encoding of the recipe")
 
     @staticmethod
+    @lru_cache(maxsize=_KNOWN)
     def parse(text: str) -> Recipe:
         """Read `ENCODING[;PATTERN=ENCODING...][+zstd[:LEVEL]]`. Raises UsageError in one line."""
         if len(text) > MAX_RECIPE_CHARS:
@@ -73,10 +76,14 @@ class Recipe:
         return Recipe(parse_encoding(default), tuple(_override(part) for part in rest), compression)
 
     def __str__(self) -> str:
+        return self._text
+
+    @cached_property
+    def _text(self) -> str:
         suffix = "" if self.compression.method == "none" else f"+{self.compression}"
         return self._encodings(full=False) + suffix
 
-    @property
+    @cached_property
     def full_text(self) -> str:
         """The recipe with every key of every encoding, so that its reader needs no table of defaults."""
         level = f":{self.compression.level}" if self.compression.method == "zstd" else ""
@@ -132,11 +139,13 @@ class Recipe:
     def for_tensor(self, spec: TensorSpec) -> Encoding:
         """Return the encoding of this tensor. Call `for_layout` first."""
         if not spec.is_float or spec.size < MIN_LOSSY_ELEMENTS:
-            return Raw()
+            return _RAW
         if not spec.is_trained:
             return Raw(shuffle=self.compression.method != "none")
-        matching = (encoding for pattern, encoding in self.overrides if _fits(pattern, spec))
-        encoding = next(matching, self.default)
+        encoding = self.default
+        if self.overrides:
+            matching = (encoding for pattern, encoding in self.overrides if _fits(pattern, spec))
+            encoding = next(matching, encoding)
         if not encoding.lossless and encoding.size_bounds(spec)[0] >= spec.nbytes:
             encoding = Raw()
         if isinstance(encoding, Raw | Cast) and self.compression.method != "none":

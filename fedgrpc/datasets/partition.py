@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import ClassVar, Final, Protocol, TypeVar
 
 import numpy as np
@@ -211,6 +212,7 @@ class ByGroup:
         return [np.flatnonzero(np.isin(of_example, own)) for own in dealt]
 
 
+@lru_cache(maxsize=16)
 def parse_partition(text: str) -> Partition:
     """Parse `iid`, `dirichlet:ALPHA`, `shards:N`, `labels:N`, `quantity:ALPHA`, `noise:LEVEL` or `groups`.
 

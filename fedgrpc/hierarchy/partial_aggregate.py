@@ -53,7 +53,7 @@ from fedgrpc.worker.update import Began, fitted
 Tensors = Iterator[tuple[TensorSpec, Array]]
 # Elements whose mean is in memory at a time, float64.
 _MOST_AT_ONCE: Final = 1 << 20
-_AS_IT_IS: Final = Recipe(Raw())
+_AS_IT_IS: Final = Raw()
 
 
 @dataclass(frozen=True)

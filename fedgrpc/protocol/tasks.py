@@ -22,7 +22,7 @@ from fedgrpc.protocol.plans import (
 from fedgrpc.rounds.policy import TaskKind
 from fedgrpc.runs.task_context import LocalTask
 from fedgrpc.submodels.channels import SubModel
-from fedgrpc.submodels.plan import LocalModelPlan
+from fedgrpc.submodels.plan import WHOLE_MODEL, LocalModelPlan
 from fedgrpc.training_plan import TrainingPlan
 from fedgrpc.v1 import aggregator_pb2, device_pb2, round_pb2
 
@@ -90,12 +90,12 @@ class Task:
     @property
     def is_personal(self) -> Callable[[str], bool]:
         """True if the tensor of a name stays on the device."""
-        return (self.local_model or LocalModelPlan()).is_personal
+        return (self.local_model or WHOLE_MODEL).is_personal
 
     @property
     def is_kept_back(self) -> Callable[[str], bool]:
         """True if the update lacks the tensor of a name."""
-        return (self.local_model or LocalModelPlan()).is_kept_back
+        return (self.local_model or WHOLE_MODEL).is_kept_back
 
     @property
     def training_ends_s(self) -> float | None:
@@ -155,7 +155,7 @@ def task_to_proto(task: Task, now_s: float) -> aggregator_pb2.Task:
     )
     if task.deadline_s is not None:
         message.time_left.CopyFrom(duration_to_proto(max(0.0, task.deadline_s - now_s)))
-    local = LocalTask(task.local_model or LocalModelPlan(), task.sub_model)
+    local = LocalTask(task.local_model or WHOLE_MODEL, task.sub_model)
     if not local.plain:
         message.local_model.CopyFrom(local_task_to_proto(local))
     if task.clip_norm is not None:

@@ -235,9 +235,14 @@ class Tasks(Mapping[str, Task]):
         for token, task in changes.items():
             number, place = divmod(self._slots[token], _CHUNK)
             chunk = chunks[number]
-            before.append(chunk[place])
+            old = chunk[place]
+            before.append(old)
             chunks[number] = (*chunk[:place], task, *chunk[place + 1 :])
-            first_ends[number] = _first_end(chunks[number])
+            if (end := _end(task)) <= first_ends[number]:
+                first_ends[number] = end
+            elif _end(old) <= first_ends[number]:
+                # Only the task whose lease ended first can make the first end a later one.
+                first_ends[number] = _first_end(chunks[number])
         new = Tasks.__new__(Tasks)
         new._slots, new._chunks, new._first_ends = self._slots, tuple(chunks), tuple(first_ends)
         new._counts = _counted(_counted(self._counts, before, -1), changes.values(), 1)
@@ -276,7 +281,11 @@ class Tasks(Mapping[str, Task]):
 
 def _first_end(tasks: Iterable[Task]) -> float:
     """Return when the first lease of these tasks that are open ends; infinity: none is open."""
-    return min((task.lease_until for task in tasks if task.phase.open), default=math.inf)
+    return min(map(_end, tasks), default=math.inf)
+
+
+def _end(task: Task) -> float:
+    return task.lease_until if task.phase.open else math.inf
 
 
 def _counted(counts: Mapping[_Key, int], tasks: Iterable[Task], by: int) -> dict[_Key, int]:

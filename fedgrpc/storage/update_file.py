@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 
@@ -40,8 +41,21 @@ class StoredUpdate:
             raise CorruptError(f"the update {self.path.name} has changed on the disk: its CRC does not match")
 
     def open(self, submit: Submit | None = None) -> UpdateFile:
-        """Open the update for reading; `submit` as in `PayloadReader`."""
-        return UpdateFile(self, submit)
+        """Open the update for reading; `submit` as in `PayloadReader`. Raises `StorageError`, as reading does."""
+        return UpdateFile(_PayloadBytes(self), self.manifest, submit)
+
+
+class PayloadBytes(Protocol):
+    """Reads of an update's payload."""
+
+    def fill(self, place: int, out: np.ndarray, first: int) -> None:
+        """Fill `out` with elements of the tensor at `place` of the payload, from element `first` on."""
+
+    def read(self, offset: int, size: int) -> memoryview:
+        """Return these bytes of the payload."""
+
+    def close(self) -> None:
+        """Read no more."""
 
 
 class _PayloadBytes:
@@ -50,21 +64,22 @@ class _PayloadBytes:
     def __init__(self, update: StoredUpdate) -> None:
         self._name = f"the update {update.path}"
         with storage_errors(self._name, "read"):
-            self.file = update.path.open("rb")
+            self._file = update.path.open("rb")
         self._start = update.payload_start
         self._size_bytes = update.manifest.size_bytes
         # What was read ahead, and from where on.
         self._ahead_at, self._ahead = 0, memoryview(b"")
 
     def fill(self, place: int, out: np.ndarray, first: int) -> None:
-        """Fill `out` with elements of the tensor at `place` of the payload, from element `first` on."""
+        """See `PayloadBytes.fill`."""
         data = out.view(np.uint8).data
         with storage_errors(self._name, "read"):
-            size_bytes = os.preadv(self.file.fileno(), [data], self._start + place + first * out.itemsize)
+            size_bytes = os.preadv(self._file.fileno(), [data], self._start + place + first * out.itemsize)
         if size_bytes != len(data):
             raise StorageError(f"{self._name} is cut short")
 
     def read(self, offset: int, size: int) -> memoryview:
+        """See `PayloadBytes.read`."""
         if size >= _READ_BYTES:
             return self._pread(offset, size)
         within = offset - self._ahead_at
@@ -78,7 +93,11 @@ class _PayloadBytes:
         # numpy takes large pieces of memory as huge pages, which cost a fraction of bytes' small ones.
         data = np.empty(size, np.uint8).data
         with storage_errors(self._name, "read"):
-            return data[: os.preadv(self.file.fileno(), [data], self._start + offset)]
+            return data[: os.preadv(self._file.fileno(), [data], self._start + offset)]
+
+    def close(self) -> None:
+        """See `PayloadBytes.close`."""
+        self._file.close()
 
 
 class UpdateFile:
@@ -87,10 +106,9 @@ class UpdateFile:
     Nothing here refers back to its owner: what was read of thousands of updates would wait for the collector.
     """
 
-    def __init__(self, update: StoredUpdate, submit: Submit | None = None) -> None:
-        """Open the file. Raises `StorageError`, as reading does."""
-        self._payload = _PayloadBytes(update)
-        self.reader = PayloadReader(update.manifest, self._payload.read, valid=True, submit=submit)
+    def __init__(self, payload: PayloadBytes, manifest: Manifest, submit: Submit | None = None) -> None:
+        self._payload = payload
+        self.reader = PayloadReader(manifest, payload.read, valid=True, submit=submit)
         self._buffers: dict[str, np.ndarray] = {}
 
     def __enter__(self) -> PayloadReader:
@@ -101,7 +119,7 @@ class UpdateFile:
 
     def close(self) -> None:
         """Close the file."""
-        self._payload.file.close()
+        self._payload.close()
 
     def pieces(self) -> Iterator[tuple[TensorSpec, np.ndarray]]:
         """Read every tensor in order, most of them flat in pieces that fit the cache, each good until the next."""

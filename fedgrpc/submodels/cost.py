@@ -20,7 +20,7 @@ from dataclasses import dataclass, replace
 
 from fedgrpc import claims
 from fedgrpc.submodels.layer_cost import UNSHRINKABLE_SHARE, StepShares
-from fedgrpc.submodels.plan import LocalModelPlan
+from fedgrpc.submodels.plan import WHOLE_MODEL, LocalModelPlan
 from fedgrpc.submodels.plan_size import ELEMENT_BYTES, PlanSize, state_bytes
 from fedgrpc.submodels.technique_cost import PLAIN, TechniqueCost, technique_cost
 
@@ -88,8 +88,7 @@ class Observation:
 
     def is_of(self, size: PlanSize) -> bool:
         """Return whether this is the cost of the plan that `size` is of."""
-        same = (self.plan or LocalModelPlan()) == (size.plan or LocalModelPlan())
-        return same and math.isclose(self.share, size.share, rel_tol=1e-9)
+        return math.isclose(self.share, size.share, rel_tol=1e-9) and _same(self.plan, size.plan)
 
 
 @dataclass(frozen=True)
@@ -170,8 +169,12 @@ def _local_s(history: Sequence[Observation], size: PlanSize, peers: Sequence[Obs
 
 
 def _same_plan(one: Observation, other: Observation) -> bool:
-    same = (one.plan or LocalModelPlan()) == (other.plan or LocalModelPlan())
-    return same and one.local_s > 0 and math.isclose(one.share, other.share, rel_tol=1e-9)
+    alike = one.local_s > 0 and math.isclose(one.share, other.share, rel_tol=1e-9)
+    return alike and _same(one.plan, other.plan)
+
+
+def _same(one: LocalModelPlan | None, other: LocalModelPlan | None) -> bool:
+    return one is other or (one or WHOLE_MODEL) == (other or WHOLE_MODEL)
 
 
 def _on_line(history: Sequence[Observation], size: PlanSize) -> float | None:

@@ -48,6 +48,7 @@ import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from functools import cached_property
 from typing import Any
 
 from fedgrpc import toml
@@ -232,9 +233,9 @@ class LocalModelPlan:
 
     def known_to(self, parts: Collection[str]) -> LocalModelPlan:
         """Return this plan, or the default one for a device that does not know all of its parts."""
-        return self if self.parts <= set(parts) else LocalModelPlan()
+        return self if self.parts <= set(parts) else WHOLE_MODEL
 
-    @property
+    @cached_property
     def parts(self) -> frozenset[str]:
         """Parts that a device must know to follow the plan, as in `RegisterRequest.local_model_parts`."""
         needed = {
@@ -333,7 +334,7 @@ def covers_all(plan: LocalModelPlan) -> bool:
 
 def matches(name: str, patterns: tuple[str, ...]) -> bool:
     """Return whether a tensor's name matches any of the patterns (fnmatch)."""
-    return any(fnmatchcase(name, pattern) for pattern in patterns)
+    return bool(patterns) and any(fnmatchcase(name, pattern) for pattern in patterns)
 
 
 def _of(value: Any) -> tuple[dataclasses.Field[Any], ...]:
@@ -361,3 +362,7 @@ def _check_layers(part: str, layers: tuple[str, ...]) -> None:
 def _check(holds: bool, message: str) -> None:
     if not holds:
         raise UsageError(message)
+
+
+# The plan that changes nothing.
+WHOLE_MODEL = LocalModelPlan()

@@ -23,11 +23,11 @@ from fedgrpc.torch.module_copies import ModuleCopies, with_tensors
 from fedgrpc.torch.weights import (
     Names,
     check_tensors,
+    fill_tensor,
     module_layout,
     named_tensors,
     own_memory,
     shared_memory,
-    tensor_like,
     uncompiled,
 )
 from fedgrpc.trainer import Weights
@@ -97,7 +97,7 @@ class ModuleBuilder:
             memory = torch.empty(
                 shapes[name], dtype=own.dtype, device=self._device, memory_format=_memory_format(own)
             )
-            memory.copy_(tensor_like(name, weights[name], own, shapes[name]))
+            fill_tensor(memory, name, weights[name])
             made |= {id(tensor): _as(tensor, memory) for tensor in tensors}
         # A module with values is copied as it is now, with what its last training has left in it.
         as_built = self.whole is None and module is self.module

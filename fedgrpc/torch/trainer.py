@@ -32,6 +32,7 @@ from fedgrpc.torch.local_model.local_model import LocalModel
 from fedgrpc.torch.local_model.nested import Nested
 from fedgrpc.torch.local_model.noise import noise_ratio
 from fedgrpc.torch.local_model.slicing import SubModels
+from fedgrpc.torch.memory import KnownBytes
 from fedgrpc.torch.training import LearningTask, run_training, scores_of
 from fedgrpc.torch.weights import taken_weights, tensor_roles, uncompiled, weights_of
 from fedgrpc.trainer import EvalResult, LocalExamples, TaskSetup, TrainJob, TrainResult, Weights, weight_shapes
@@ -55,6 +56,8 @@ class TorchTrainer:
         self._seed = setup.seed
         self._builder = ModuleBuilder(self._build, self._device)
         self._sub_models = SubModels(self._builder, self._example)
+        # Bytes of trainings without a local model, by their momentum.
+        self._known_bytes: dict[float | None, KnownBytes] = {}
 
     def for_part(self, partition: str, part: str) -> TorchTrainer:
         """See `fedgrpc.trainer.for_part`: model and data are those of this trainer."""
@@ -161,7 +164,10 @@ class TorchTrainer:
             if job.local_model is not None:
                 result = self._train_local(module, own, job, job.local_model)
             else:
-                ran = run_training(self._task, self._data, job, module)
+                # An optimizer of the task's own may keep another state in each round.
+                own_optimizer = overrides(self._task, "optimizer_for")
+                known = None if own_optimizer else self._known_bytes.setdefault(job.momentum, {})
+                ran = run_training(self._task, self._data, job, module, known=known)
                 ran.check()
                 metrics = {"loss": ran.mean_loss}
                 result = TrainResult(

@@ -28,7 +28,7 @@ from fedgrpc.torch.local_model.levers import checkpointed, micro_batches
 from fedgrpc.torch.local_model.local_model import LocalModel
 from fedgrpc.torch.local_model.loss_scale import LossScale
 from fedgrpc.torch.local_model.nested import Nested
-from fedgrpc.torch.memory import TensorBytes
+from fedgrpc.torch.memory import KnownBytes, TensorBytes
 from fedgrpc.torch.optimizer import AddedTerm, Optimizer, TrainingStep, set_rate_factor
 from fedgrpc.torch.weights import Names, uncompiled
 from fedgrpc.trainer import TrainJob
@@ -91,12 +91,17 @@ def run_training(
     model: nn.Module,
     local: LocalModel | None = None,
     nested: Nested | None = None,
+    known: KnownBytes | None = None,
 ) -> TrainingRun:
-    """Train `model` in place, as the local model `local` where there is one, along with the `nested` models."""
+    """Train `model` in place, as the local model `local` where there is one, along with the `nested` models.
+
+    `known` are the bytes of former trainings of this kind.
+    """
     train = data.train
     model.train()
     hold_frozen_norms(task, model)
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    every = list(model.parameters())
+    parameters = [parameter for parameter in every if parameter.requires_grad]
     levers = _levers(task, job)
     optimizer, made = _optimizer(task, model, parameters, job, local)
     scaling = _loss_scale(task, local)
@@ -109,7 +114,7 @@ def run_training(
     losses: list[Tensor] = []
     examples: list[int] = []
     steps = 0
-    memory = TensorBytes(model.parameters())
+    memory = TensorBytes(every, known)
     set_rate = _rate_setter(task, data, job, made)
     with _checkpointed(task, model, job):
         for inputs, targets in train.training(job, task.batch_size):
@@ -124,7 +129,8 @@ def run_training(
                 own, wanted = (
                     (prepared, targets) if share == 1 else (cut(each, part, count) for each in (prepared, targets))
                 )
-                with memory.counting() if not losses else nullcontext(), naming_batch(own, wanted):
+                counted = nullcontext() if losses else memory.counting((*tensors_in(own), *tensors_in(wanted)))
+                with counted, naming_batch(own, wanted):
                     loss, total = loss_of_batch(own, wanted)
                 step.backward(total if share == 1 else total * share)
                 losses.append(loss.detach())

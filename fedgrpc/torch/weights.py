@@ -15,6 +15,7 @@ import ml_dtypes
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from fedgrpc.codec.layout import Layout, TensorRole, spec_of
 from fedgrpc.errors import EncodeError, LayoutError, UsageError
@@ -54,9 +55,7 @@ def shared_memory(module: nn.Module) -> list[tuple[list[str], list[Tensor]]]:
     """
     found: dict[object, tuple[list[str], list[Tensor]]] = {}
     for name, tensor in module.state_dict(keep_vars=True).items():
-        if not isinstance(tensor, Tensor) or isinstance(
-            tensor, nn.UninitializedParameter | nn.UninitializedBuffer
-        ):
+        if not isinstance(tensor, Tensor) or is_lazy(tensor):
             raise UsageError(f"the model's state {name!r} is no initialized tensor, so it cannot be shared")
         if tensor.layout is not torch.strided or tensor.is_nested:
             raise UsageError(
@@ -250,6 +249,16 @@ def tensor_like(name: str, array: np.ndarray, own: Tensor, shape: tuple[int, ...
         theirs, ours = _describe(given.dtype, given.shape), _describe(own.dtype, shape)
         raise LayoutError(f"tensor {name!r} is {theirs} in the run and {ours} in this worker's model")
     return given
+
+
+def fill_tensor(tensor: Tensor, name: str, array: np.ndarray) -> None:
+    """Copy `array` into a new tensor of its own memory. Raises LayoutError unless it has its shape and dtype."""
+    plain = tensor.device.type == "cpu" and tensor.dtype not in _BY_BITS and tensor.dtype is not torch.bool
+    if plain and (held := tensor.numpy()).shape == array.shape and held.dtype == array.dtype:
+        # Most of them: without a tensor of the array, and a copy of one that is read-only.
+        np.copyto(held, array)
+    else:
+        tensor.copy_(tensor_like(name, array, tensor, tuple(tensor.shape)))
 
 
 def _to_numpy(tensor: Tensor) -> np.ndarray:

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, TypeGuard
 
 import numpy as np
 import structlog
@@ -189,6 +189,13 @@ class _GuardedSliceableTrainer(_GuardedTrainer):
         """Return `full_width_tensors` of the trainer."""
         with users_code(self._reference):
             return full_width_tensors(self._inner)
+
+
+def is_sliceable(trainer: Trainer) -> TypeGuard[SliceableTrainer]:
+    """Return whether the trainer can train sub-models."""
+    # To look at a guard's type is twenty times as fast as to look for the methods of a protocol.
+    kind = _GuardedSliceableTrainer if isinstance(trainer, _GuardedTrainer) else SliceableTrainer
+    return isinstance(trainer, kind)
 
 
 def _layout_of(roles: Any, tied_names: Any, weights: Weights) -> Layout:

@@ -60,7 +60,7 @@ _GOODBYE_S: Final = 2.0
 _LEAVE_S: Final = 10.0
 _REPORT_INTERVAL_S: Final = 0.1
 # A phase that is over sooner gets no heartbeat.
-_SETTLED_S: Final = 1.0
+SETTLED_S: Final = 1.0
 # How often a device that waits for its own conditions looks again.
 _LOOK_AGAIN_S: Final = 20.0
 
@@ -427,7 +427,7 @@ class Loop:
     async def _beat(self, token: str) -> str:
         """Keep a task's lease, at the told interval and at each change of phase. Return why the task must stop."""
         while True:
-            await asyncio.sleep(min(_SETTLED_S, self._heartbeat_interval_s / 2))
+            await asyncio.sleep(min(SETTLED_S, self._heartbeat_interval_s / 2))
             status = self._publisher.status
             try:
                 beat = await self._client.heartbeat(token, status.activity.phase, status.progress)

@@ -31,13 +31,12 @@ from fedgrpc.runs.task_context import LocalTask
 from fedgrpc.storage.files import storage_errors
 from fedgrpc.submodels.channels import ChannelMap
 from fedgrpc.submodels.cost import most_weights_bytes
-from fedgrpc.submodels.plan import TASK_PARTS, WORKER_PARTS, LocalModelPlan
+from fedgrpc.submodels.plan import TASK_PARTS, WHOLE_MODEL, WORKER_PARTS
 from fedgrpc.submodels.plan_choice import USELESS_RATIO
 from fedgrpc.trainer import (
     Epoch,
     EvalResult,
     LocalExamples,
-    SliceableTrainer,
     Trainer,
     TrainJob,
     TrainResult,
@@ -57,7 +56,7 @@ from fedgrpc.worker.algorithm_work import (
 )
 from fedgrpc.worker.caller import Report
 from fedgrpc.worker.device import resident_bytes, usable_memory_bytes
-from fedgrpc.worker.guarded_trainer import first_weights, guarded, users_code
+from fedgrpc.worker.guarded_trainer import first_weights, guarded, is_sliceable, users_code
 from fedgrpc.worker.held_model import HeldModel
 from fedgrpc.worker.local_work import TaskFiles
 from fedgrpc.worker.secure_part import SecurePart, sharing
@@ -234,7 +233,7 @@ class TrainerWork:
         """Return the bytes of the largest model that this device can train, or score, as the task says."""
         if self._settings.max_model_bytes is not None:
             return self._settings.max_model_bytes
-        plan = (task.local_model or LocalModelPlan()) if task.kind is TaskKind.TRAIN else None
+        plan = (task.local_model or WHOLE_MODEL) if task.kind is TaskKind.TRAIN else None
         return most_weights_bytes(usable_memory_bytes(), self._process_bytes, plan)
 
     async def _local_work(self, trainer: Trainer, task: Task, given: Given, hooks: Hooks) -> Outcome:
@@ -251,7 +250,7 @@ class TrainerWork:
                 raise TaskError("there is no held-out data on this device to score the model on")
             return Outcome(None, scores.example_count, scores=scores)
         self._publisher.enter(Activity.TRAINING)
-        with self._mark.during(task.token, LocalTask(task.local_model or LocalModelPlan(), task.sub_model)):
+        with self._mark.during(task.token, LocalTask(task.local_model or WHOLE_MODEL, task.sub_model)):
             return await in_thread(lambda: train(trainer, given(on_access), task, hooks, scores, kept), hooks.stop)
 
     def _kept(self, task: Task) -> Weights:
@@ -322,12 +321,12 @@ def _check_plan(task: Task, min_batch_size: int) -> None:
 
 def parts_of(trainer: Trainer) -> frozenset[str]:
     """Return the parts of a local-model plan that a worker with this trainer can do."""
-    return WORKER_PARTS | (TASK_PARTS if isinstance(trainer, SliceableTrainer) else frozenset())
+    return ALL_PARTS if is_sliceable(trainer) else WORKER_PARTS
 
 
 def reads_on_access(trainer: Trainer) -> bool:
     """Whether the trainer takes weights that are read one at a time: its device may have no room for more."""
-    return isinstance(trainer, SliceableTrainer)
+    return is_sliceable(trainer)
 
 
 def evaluate(
@@ -377,7 +376,7 @@ def train(
 
     `kept` is what the algorithm has kept on this device.
     """
-    needed = (task.local_model or LocalModelPlan()).parts | (set() if task.sub_model.whole else {"sub_model"})
+    needed = (task.local_model or WHOLE_MODEL).parts | (set() if task.sub_model.whole else {"sub_model"})
     if lacking := needed - parts_of(trainer):
         raise TaskError(f"this learning task cannot do the local model's {', '.join(sorted(lacking))}")
     algorithm = algorithm_for(task)
@@ -425,7 +424,7 @@ def _channels(trainer: Trainer, wanted: bool) -> ChannelMap | None:
     `wanted`: some device is to train a narrower model, so log what stands in the way as a warning.
     """
     tell = log.warning if wanted else log.debug
-    if not isinstance(trainer, SliceableTrainer):
+    if not is_sliceable(trainer):
         return None
     try:
         channels = trainer.channels()

@@ -95,10 +95,12 @@ def update_of(
     began: Began,
     layout: Layout = (),
     masked: Masked | None = None,
+    peak_bytes: Callable[[], int] = peak_memory_bytes,
 ) -> Fill:
     """Return the function with which the spool writes the update and the residual it leaves behind.
 
-    `masked` makes the vector of a secure sum of it; None: it travels as it is.
+    `masked` makes the vector of a secure sum of it; None: it travels as it is. `peak_bytes` returns the most
+    memory that the task has taken.
     `given` are the weights as they were pulled, `layout` is the run's layout of them. The trainer may have changed
     the arrays that it was handed, so do not pass those.
     """
@@ -110,7 +112,7 @@ def update_of(
         if unchanged:
             log.warning("training changed nothing", round=task.round, steps=outcome.steps)
         metrics = task.metrics or task.kind is not TaskKind.TRAIN
-        report = _report(outcome, began.timings(), unchanged, metrics)
+        report = _report(outcome, began.timings(), peak_bytes(), unchanged, metrics)
         if masked is not None:
             # The weight is in the sum, and what would tell of it stays here.
             report = replace(report, example_count=1, steps=1, noise_ratio=0.0, unchanged=False)
@@ -195,10 +197,10 @@ def clipped(delta: Mapping[str, Array], layout: Layout, bound: float) -> Scaled:
     return Scaled(delta, layout, clip_scale(math.sqrt(square), bound))
 
 
-def _report(outcome: Outcome, timings: Timings, unchanged: bool, metrics: bool = True) -> Report:
+def _report(outcome: Outcome, timings: Timings, peak_bytes: int, unchanged: bool, metrics: bool = True) -> Report:
     if not metrics:
         # An update counts as one device, whatever it has: the rest would tell of its data.
-        return Report(1, 1, {}, {}, 0, timings, peak_memory_bytes=peak_memory_bytes())
+        return Report(1, 1, {}, {}, 0, timings, peak_memory_bytes=peak_bytes)
     scores = outcome.scores or EvalResult(0, {})
     return Report(
         example_count=outcome.example_count,
@@ -207,7 +209,7 @@ def _report(outcome: Outcome, timings: Timings, unchanged: bool, metrics: bool =
         evaluation_metrics=scores.metrics,
         evaluation_example_count=scores.example_count,
         timings=timings,
-        peak_memory_bytes=peak_memory_bytes(),
+        peak_memory_bytes=peak_bytes,
         tensor_bytes=outcome.tensor_bytes,
         unchanged=unchanged,
         scores_not_finite=frozenset(scores.not_finite),

@@ -14,6 +14,8 @@ from fedgrpc.errors import FedgrpcError, UsageError
 from fedgrpc.rounds.policy import RoundPolicy
 from fedgrpc.rounds.selection import SelectionPolicy
 from fedgrpc.simulation.fleet import DeviceKind
+from fedgrpc.simulation.learning.client_work import ClientWork
+from fedgrpc.simulation.learning.engine import Engine, Pending
 from fedgrpc.simulation.learning.engines import running_engine
 from fedgrpc.simulation.learning.experiment import Experiment, Learning
 from fedgrpc.simulation.learning.history import History, RoundRow
@@ -29,6 +31,7 @@ POLICY = RoundPolicy(min_workers=4, max_participants=4, selection_window_s=0.0, 
 STEADY = replace(QUICK, spread=0.0, jitter=0.0)
 VARYING = replace(QUICK, spread=0.3, jitter=0.3)
 CHURNING = replace(QUICK, available=0.7, session_s=5.0, failure=0.1, jitter=0.3, spread=0.3)
+CARRIES = replace(POLICY, over_selection=2.0, late="carry")
 ASKS_MORE = {"policy": replace(POLICY, over_selection=1.5)}
 INT8 = {"download_recipe": "int8+zstd"}
 ENTROPY = {**INT8, "upload_recipe": "entropy:c=3+zstd", "difference_recipe": "entropy:c=1+zstd"}
@@ -99,6 +102,7 @@ def _faults(*values: Any, engine: str = "inline") -> Any:
         _faults(CHURNING, {**ASKS_MORE, "download_recipe": "auto", "upload_recipe": "auto"}, 4),
         _faults(CHURNING, {**ASKS_MORE, **PRUNED}, 4),
         _faults(CHURNING, {**INT8, "learning": DIGITS, "plan": SCAFFOLD}, 4),
+        _faults(VARYING, {**INT8, "policy": CARRIES}, 4),
         # Rounds that lack updates are abandoned, and rest the longer the more of them there were.
         _faults(CHURNING, {"policy": replace(POLICY, quorum=4, deadline_s=6.0, lease_s=4.0)}, 7),
     ],
@@ -120,15 +124,29 @@ def test_a_simulation_that_was_cut_off_goes_on_as_if_it_had_not_been(
     assert resumed.scores() == whole.scores()
 
 
+class _Watched:
+    """An engine that counts what an evaluator has scored."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self.facts, self.close = engine.facts, engine.close
+        self.scored = 0
+
+    def begin(self, work: ClientWork) -> Pending:
+        """See `Engine.begin`."""
+        self.scored += work.client is None
+        return self._engine.begin(work)
+
+
 def test_a_simulation_whose_hours_are_over_scores_nothing_once_more_when_it_is_resumed(tmp_path: Path) -> None:
     experiment = _experiment()
     hours = 12 / 3600
     before = _play(experiment, tmp_path, hours=hours)
-    evaluator = tmp_path / "devices" / "clients" / "evaluator"
-    scored_at = evaluator.stat().st_mtime_ns
-    after = _play(experiment, tmp_path, hours=hours)
+    with running_engine("inline", experiment, 1) as running:
+        engine = _Watched(running)
+        after = LearningRun(experiment, tmp_path, engine, seed=1).run(hours=hours)
     assert after.scores() == before.scores()
-    assert evaluator.stat().st_mtime_ns == scored_at
+    assert not engine.scored
 
 
 def test_virtual_hours_end_it_and_it_goes_on_from_there(tmp_path: Path) -> None:

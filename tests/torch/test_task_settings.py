@@ -75,6 +75,30 @@ def test_a_scheduler_of_torch_counts_rounds_on_devices_that_missed_some() -> Non
         np.testing.assert_allclose(moved(start, after), step * factor, rtol=1e-2, atol=1e-6)
 
 
+def test_bytes_of_tensors_are_those_of_each_batch_size_and_momentum_whatever_was_trained_before() -> None:
+    jobs = [TrainJob(max_steps=1, batch_size=size, momentum=rate) for size in (70, 16) for rate in (0.9, 0.0)]
+    used = trainer_of(Linear)
+    start = used.initial_weights()
+    fresh = [trainer_of(Linear).train(start, job).tensor_bytes for job in jobs]
+    assert len(set(fresh)) == len(jobs)
+    for _ in range(2):
+        assert [used.train(start, job).tensor_bytes for job in jobs] == fresh
+
+
+class Growing(Linear):
+    """An optimizer without state in the first round, and with state in later ones."""
+
+    def optimizer_for(self, model: nn.Module, round: int) -> Any:
+        return torch.optim.SGD(model.parameters(), 0.1, momentum=0.9 if round > 1 else 0.0)
+
+
+def test_an_optimizer_of_the_tasks_own_is_counted_in_every_round() -> None:
+    trainer = trainer_of(Growing)
+    start = trainer.initial_weights()
+    first, second = (trainer.train(start, TrainJob(max_steps=1, batch_size=70, round=round_)) for round_ in (1, 2))
+    assert first.tensor_bytes < second.tensor_bytes
+
+
 def weighted(weights: Any) -> type[Linear]:
     return type("Weighted", (Linear,), {"class_weights": weights})
 

@@ -39,10 +39,11 @@ from fedgrpc.runs.machine import RunMachine
 from fedgrpc.runs.merge import Merge
 from fedgrpc.runs.round_in_progress import RoundInProgress
 from fedgrpc.runs.task_context import Report
+from fedgrpc.simulation.learning.uploads import MemoryJournal, UploadInMemory
 from fedgrpc.storage.database import DATABASE
 from fedgrpc.storage.run_store import RunStore
 from fedgrpc.storage.task_rows import TaskRow
-from fedgrpc.storage.uploads import Upload, UploadJournal
+from fedgrpc.storage.uploads import Upload
 from fedgrpc.v1 import round_pb2
 from fedgrpc.v1.aggregator_pb2 import RegisterRequest, Task, UpdateHeader
 
@@ -114,7 +115,7 @@ class SimulatedUpload:
         self,
         coordinator: Coordinator,
         receiver: Receiver,
-        upload: Upload,
+        upload: Upload | UploadInMemory,
         report: Report,
         expected: ExpectedUpdate,
     ) -> None:
@@ -128,7 +129,10 @@ class SimulatedUpload:
     def append(self, data: bytes) -> None:
         """Commit the next bytes. Raises `RoundClosed`, `UnknownTask` and `StorageError`."""
         upload = self._upload
-        upload.append([Chunk(upload.size_bytes, data, crc32(data))])
+        if isinstance(upload, UploadInMemory):
+            upload.append(data)
+        else:
+            upload.append([Chunk(upload.size_bytes, data, crc32(data))])
         held, total = upload.size_bytes, upload.manifest.size_bytes
         self._coordinator.apply(Progress(upload.header.token, TaskPhase.UPLOADING, held / total, held, total))
 
@@ -161,11 +165,12 @@ class SimulatedAggregator:
         folder = settings.data_dir
         fleet = WorkerRegistry(settings.max_workers, settings.policy.lease_s)
         try:
-            models, journal = ModelStore(folder), UploadJournal(folder / "uploads", durable=False)
+            models, journal = ModelStore(folder), MemoryJournal(folder / "uploads")
             store = _Store(folder / DATABASE, settings.keep_rounds)
             self.coordinator = Coordinator(settings, fleet, store, models, journal, Metrics(), clock)
         except OSError as error:
             raise UsageError(f"cannot use the folder {folder}: {error.strerror}") from error
+        self._journal = journal
         self._receiver = Receiver(
             self.coordinator,
             journal,
@@ -176,7 +181,8 @@ class SimulatedAggregator:
         )
         self._terms = self.coordinator.terms
         self._calls = WorkerCalls(self.coordinator, Sessions(fleet, settings.heartbeat_s, clock))
-        self._driver = Driver(self.coordinator, partial(_WatchedRounds, on_round_end, commit_s, abandoned))
+        self._on_round_end = on_round_end
+        self._driver = Driver(self.coordinator, partial(_WatchedRounds, self._round_ended, commit_s, abandoned))
         self.play = self._driver.run
         self.close = self.coordinator.close
 
@@ -187,6 +193,10 @@ class SimulatedAggregator:
         """
         await self.coordinator.in_database(self.coordinator.store.forget_open_round)
         await self._driver.recover()
+
+    async def _round_ended(self, round_: RoundInProgress) -> None:
+        self._journal.write(round_.state.carried)
+        await self._on_round_end(round_)
 
     @property
     def run(self) -> RunMachine:
@@ -264,7 +274,7 @@ class SimulatedAggregator:
         """
         await self.coordinator.check_open(header.worker, header.token)
         manifest, report, expected = self._receiver.examined(header)
-        upload = self.coordinator.journal.begin(header, manifest)
+        upload = self._journal.begun(header, manifest)
         return SimulatedUpload(self.coordinator, self._receiver, upload, report, expected)
 
 

@@ -15,6 +15,7 @@ import shutil
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 from fedgrpc.aggregator.payload_encoder import EncodedModel
 from fedgrpc.codec.chunk import chunks
@@ -50,11 +51,31 @@ class ClientFiles:
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        self.payload = folder / "payload"
-        self.next_residual = folder / "next.residual"
-        self.next_personal = folder / "next.personal"
-        self.next_kept = folder / "next.kept"
-        self.personal = folder / "personal"
+
+    @property
+    def payload(self) -> Path:
+        """Payload of the update in progress."""
+        return self._folder / "payload"
+
+    @property
+    def next_residual(self) -> Path:
+        """Residual that the update in progress leaves."""
+        return self._folder / "next.residual"
+
+    @property
+    def next_personal(self) -> Path:
+        """Personal layers that were trained with the update in progress."""
+        return self._folder / "next.personal"
+
+    @property
+    def next_kept(self) -> Path:
+        """State of the algorithm that the update in progress leaves."""
+        return self._folder / "next.kept"
+
+    @property
+    def personal(self) -> Path:
+        """Personal layers as they were trained last."""
+        return self._folder / "personal"
 
     @property
     def has_residual(self) -> bool:
@@ -70,13 +91,25 @@ class ClientFiles:
         return read_residual(self._folder / "kept", run)
 
     def begin(self) -> None:
-        """Make room for a task. What an update that was not accepted left is dropped."""
+        """Drop what an update left that was not accepted."""
+        # Most devices of most experiments keep nothing: then there is no folder, and one look tells.
+        if self._folder.exists():
+            for path in (self.payload, self.next_residual, self.next_personal, self.next_kept):
+                path.unlink(missing_ok=True)
+
+    def open_payload(self) -> BinaryIO:
+        """Open the file of the payload, to write it."""
+        self.make_folder()
+        return self.payload.open("wb")
+
+    def make_folder(self) -> None:
+        """Make the folder, for what is written next."""
         self._folder.mkdir(parents=True, exist_ok=True)
-        for path in (self.payload, self.next_residual, self.next_personal, self.next_kept):
-            path.unlink(missing_ok=True)
 
     def settle(self, accepted: bool) -> None:
         """End a task: personal layers are those trained last, all else counts with its update alone."""
+        if not self._folder.exists():
+            return
         if self.next_personal.exists():
             self.next_personal.replace(self.personal)
         for path, name in ((self.next_residual, "residual"), (self.next_kept, "kept")):

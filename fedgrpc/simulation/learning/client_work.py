@@ -6,18 +6,20 @@ process, after whatever other work. Times that the worker would measure here are
 
 from __future__ import annotations
 
+import io
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 
-from fedgrpc.codec.layout import Layout
+from fedgrpc.codec.layout import Array, Layout
+from fedgrpc.codec.payload import LazyTensors, PayloadReader, buffer_reader
 from fedgrpc.errors import FedgrpcError, TaskError, UsageError
 from fedgrpc.protocol.descriptions import ModelDescription
-from fedgrpc.protocol.tasks import Task, task_from_proto
+from fedgrpc.protocol.tasks import Task
 from fedgrpc.rounds.policy import TaskKind
 from fedgrpc.simulation.learning.client_files import ClientFiles
 from fedgrpc.simulation.learning.experiment import Learning
@@ -49,6 +51,8 @@ from fedgrpc.worker.update import (
 
 _TRAINERS: Final = 64
 _MODELS: Final = 4
+# Updates of smaller models are handed over in memory, and such models decoded once for all clients.
+_SMALL_MODEL_BYTES: Final = 1 << 20
 _LEFT_OUT: Final = ("timings", "peak_memory_bytes")
 
 
@@ -56,14 +60,14 @@ _LEFT_OUT: Final = ("timings", "peak_memory_bytes")
 class ClientWork:
     """What is to be done, small enough to be sent anywhere: files are named, not contained.
 
-    `client` is its part of the data, from 0; None: all of it, of an evaluator. `task` is the serialized message.
+    `client` is its part of the data, from 0; None: all of it, of an evaluator.
     `held` is the folder of the model to start from. At most `most_steps` steps are taken before the deadline, and
     `left_s` virtual seconds are then left to it.
     """
 
     client: int | None
     name: str
-    task: bytes
+    task: Task
     run_id: str
     folder: Path
     held: Path | None
@@ -73,9 +77,13 @@ class ClientWork:
 
 @dataclass(frozen=True)
 class ClientResult:
-    """The header of the update, serialized, whose payload is in the client's files; or why there is none."""
+    """The header of the update, serialized, with its payload; or why there is none.
+
+    `payload` None: it is in the client's files.
+    """
 
     header: bytes = b""
+    payload: bytes | None = None
     error: str = ""
     steps: int = 0
     cpu_s: float = 0.0
@@ -92,6 +100,46 @@ class TaskFacts:
     held_out: tuple[int, ...]
 
 
+class _Decoded(dict[str, Array]):
+    """Tensors that know their layout."""
+
+    def __init__(self, layout: Layout, tensors: Iterable[tuple[str, Array]]) -> None:
+        super().__init__(tensors)
+        self.layout = layout
+
+
+class _Model:
+    """A model as devices hold it. The tensors of a small one are decoded once for all clients."""
+
+    def __init__(self, folder: Path) -> None:
+        self._held = HeldModel.load(folder)
+        self.layout = self._held.manifest.layout
+        self._tensors: Mapping[str, Array] | None = None
+
+    def given(self, on_access: bool) -> Weights:
+        """Return the weights to train from: to be read alone, or writable and not shared."""
+        if not on_access:
+            return self._held.weights()
+        if not is_small(self.layout):
+            return self._held.tensors()
+        if self._tensors is None:
+            content = buffer_reader(self._held.mapped().data)
+            lazy = LazyTensors(PayloadReader(self._held.manifest, content, valid=True))
+            self._tensors = _Decoded(self.layout, ((name, _read_only(array)) for name, array in lazy.items()))
+        return self._tensors
+
+
+def _read_only(array: Array) -> Array:
+    view = array.view()
+    view.flags.writeable = False
+    return view
+
+
+def is_small(layout: Layout) -> bool:
+    """Return whether a model of this layout may be in memory more than once."""
+    return sum(spec.nbytes for spec in layout) <= _SMALL_MODEL_BYTES
+
+
 class ClientWorker:
     """Does the work of all clients, one at a time, in one process. Memory is O(model), and the data once."""
 
@@ -101,7 +149,7 @@ class ClientWorker:
         self._clients = clients
         self._whole = self._load(None)
         self._trainers: OrderedDict[int, Trainer] = OrderedDict()
-        self._models: OrderedDict[Path, HeldModel] = OrderedDict()
+        self._models: OrderedDict[Path, _Model] = OrderedDict()
 
     def _load(self, part: str | None) -> Trainer:
         learning = self._learning
@@ -145,16 +193,15 @@ class ClientWorker:
         """Train or score, and write the update. What a learning task cannot do is told in the result."""
         began_s = time.process_time()
         try:
-            header, steps = self._perform(work)
+            header, payload, steps = self._perform(work)
         except UsageError:
             raise
         except FedgrpcError as error:
             return ClientResult(error=str(error) or type(error).__name__, cpu_s=time.process_time() - began_s)
-        return ClientResult(header.SerializeToString(), "", steps, time.process_time() - began_s)
+        return ClientResult(header.SerializeToString(), payload, "", steps, time.process_time() - began_s)
 
-    def _perform(self, work: ClientWork) -> tuple[aggregator_pb2.UpdateHeader, int]:
-        message = aggregator_pb2.Task.FromString(work.task)
-        task = task_from_proto(message)
+    def _perform(self, work: ClientWork) -> tuple[aggregator_pb2.UpdateHeader, bytes | None, int]:
+        task = work.task
         plan = replace(task.plan, upload_reserve_s=None)
         if work.most_steps is not None:
             plan = replace(plan, max_steps=work.most_steps)
@@ -165,22 +212,21 @@ class ClientWorker:
         def given(on_access: bool) -> Weights:
             if held is None:
                 return {}
-            weights = held.tensors() if on_access else held.weights()
-            return load_personal_layers(weights, files.personal, work.run_id, task.is_personal)
+            return load_personal_layers(held.given(on_access), files.personal, work.run_id, task.is_personal)
 
         with fitting(task):
             kept = files.kept(work.run_id).tensors if algorithm_for(task).keeps else {}
             outcome = _local_work(trainer, task, given, kept)
-        layout = () if held is None else held.manifest.layout
+        layout = () if held is None else held.layout
         if work.left_s is not None:
             # A budget of bytes by the link asks how much time is left, by the clock of this process.
             task = replace(task, deadline_s=time.monotonic() + work.left_s)
-        header = self._write(work, task, outcome, given, layout, files)
-        return header, outcome.steps
+        header, payload = self._write(work, task, outcome, given, layout, files)
+        return header, payload, outcome.steps
 
-    def _held(self, folder: Path) -> HeldModel:
+    def _held(self, folder: Path) -> _Model:
         if folder not in self._models:
-            self._models[folder] = HeldModel.load(folder)
+            self._models[folder] = _Model(folder)
             if len(self._models) > _MODELS:
                 self._models.popitem(last=False)
         self._models.move_to_end(folder)
@@ -194,25 +240,35 @@ class ClientWorker:
         given: Callable[[bool], Weights],
         layout: Layout,
         files: ClientFiles,
-    ) -> aggregator_pb2.UpdateHeader:
+    ) -> tuple[aggregator_pb2.UpdateHeader, bytes | None]:
         pulled = {} if outcome.weights is None else given(True)
         residual = files.residual(work.run_id)
-        fill = update_of(task, work.name, pulled, outcome, residual, Began(0.0, time.monotonic()), layout)
+        began = Began(0.0, time.monotonic())
+        fill = update_of(task, work.name, pulled, outcome, residual, began, layout, peak_bytes=int)
         left = ResidualWriter(files.next_residual, work.run_id)
+
+        def keep(name: str, part: Array) -> None:
+            if not left.begun:
+                files.make_folder()
+            left.add(name, part)
+
         try:
-            with files.payload.open("wb") as payload:
-                header, kept = fill(payload, left.add)
+            with io.BytesIO() if layout and is_small(layout) else files.open_payload() as payload:
+                header, kept = fill(payload, keep)
+                written = payload.getvalue() if isinstance(payload, io.BytesIO) else None
             if kept is not None and (left.begun or files.has_residual):
                 left.finish(kept)
         finally:
             left.close()
-        if keep := personal_layers_writer(outcome.weights or {}, work.run_id, task.is_personal):
-            keep(files.next_personal)
+        if keep_personal := personal_layers_writer(outcome.weights or {}, work.run_id, task.is_personal):
+            files.make_folder()
+            keep_personal(files.next_personal)
         if keep_state := kept_writer(outcome.kept, work.run_id):
+            files.make_folder()
             keep_state(files.next_kept)
         for name in _LEFT_OUT:
             header.ClearField(name)
-        return header
+        return header, written
 
 
 def _local_work(trainer: Trainer, task: Task, given: Callable[[bool], Weights], kept: Weights) -> Outcome:

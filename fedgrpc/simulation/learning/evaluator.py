@@ -61,7 +61,7 @@ class Evaluator:
         work = ClientWork(
             client=None,
             name=EVALUATOR,
-            task=message.SerializeToString(),
+            task=task,
             run_id=task.run_id,
             folder=world.folder / "clients" / EVALUATOR,
             held=world.models.path(held),

@@ -10,6 +10,7 @@ The rule: the folder is enough to go on from. What a simulation did in the round
 from __future__ import annotations
 
 import asyncio
+import gc
 import math
 from collections.abc import Callable, Coroutine
 from contextlib import suppress
@@ -85,8 +86,12 @@ class LearningRun:
             self._world = world
             await self._register(world)
             self.history.restore(world)
+            # What is there now stays: the collector need not look at it again and again.
+            gc.collect()
+            gc.freeze()
             await _until(aggregator.play(), self._lives(world), until_s)
         finally:
+            gc.unfreeze()
             aggregator.close()
 
     def _lives(self, world: World) -> list[Coroutine[Any, Any, None]]:

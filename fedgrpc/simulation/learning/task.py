@@ -8,6 +8,7 @@ offset. A task ends with its round: a device that can be reached hears of it at 
 from __future__ import annotations
 
 import asyncio
+import io
 import math
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
@@ -26,6 +27,7 @@ from fedgrpc.simulation.learning.world import World
 from fedgrpc.v1 import aggregator_pb2
 from fedgrpc.v1.aggregator_pb2 import UpdateHeader
 from fedgrpc.worker.held_model import Source
+from fedgrpc.worker.loop import SETTLED_S
 
 # A transfer looks this often whether it can go on; a worker's chunks are like that.
 _CHUNK_S: Final = 1.0
@@ -85,7 +87,7 @@ class DeviceTask:
             return False
         header = UpdateHeader.FromString(result.header)
         header.timings.CopyFrom(timings_to_proto(Timings(download_s, world.clock() - began_at)))
-        await self._upload(header)
+        await self._upload(header, result.payload)
         return True
 
     def drop(self) -> None:
@@ -154,7 +156,7 @@ class DeviceTask:
         return ClientWork(
             client=self._index,
             name=self._name,
-            task=self._message.SerializeToString(),
+            task=self._task,
             run_id=self._task.run_id,
             folder=world.folder / "clients" / self._name,
             held=None if held is None else world.models.path(held),
@@ -181,7 +183,7 @@ class DeviceTask:
 
     # Upload.
 
-    async def _upload(self, header: UpdateHeader) -> None:
+    async def _upload(self, header: UpdateHeader, content: bytes | None) -> None:
         """Send the update, and again from where a broken link has left it. Raises as `SimulatedUpload` does."""
         world = self._world
         await self._until_reachable()
@@ -189,7 +191,7 @@ class DeviceTask:
         upload = await world.aggregator.begin_upload(header)
         rate = world.devices.varied(self._index, float(world.devices.up[self._index]))
         try:
-            with self._files.payload.open("rb") as payload:
+            with self._files.payload.open("rb") if content is None else io.BytesIO(content) as payload:
                 async for sent_bytes in self._moved(header.manifest.size_bytes, rate, TaskPhase.UPLOADING):
                     upload.append(payload.read(sent_bytes))
                     world.tally.up_bytes += sent_bytes
@@ -221,11 +223,13 @@ class DeviceTask:
         """Let time pass, with a heartbeat now and then while the device can be reached. Raises `TaskEnded`."""
         world = self._world
         ends_at = world.clock() + seconds
-        await self._beat(phase, fraction)
+        # A worker tells of no phase that is over at once.
+        pause_s = min(SETTLED_S, self._beat_s / 2)
         while (left_s := ends_at - world.clock()) > 0:
-            await asyncio.sleep(min(left_s, self._beat_s))
-            if ends_at - world.clock() > 0:
+            await asyncio.sleep(min(left_s, pause_s))
+            if left_s > pause_s:
                 await self._beat(phase, fraction)
+            pause_s = self._beat_s
 
     async def _beat(self, phase: TaskPhase, fraction: float) -> None:
         if not self._reachable:

@@ -214,7 +214,8 @@ class SubModels:
         elif (whole := self._builder.whole) is not None and len(own) == len(self._builder.layout):
             load_weights(whole, weights)
             return whole
-        return _updated(self._builder.filled(weights, given))
+        filled = self._builder.filled(weights, given)
+        return filled if given == own else _updated(filled)
 
 
 def _channels_of(module: nn.Module, example: Tensor) -> Channels:
