@@ -67,6 +67,8 @@ class ModelCommit:
     `about` is for the metadata of the model's file. A coordinate that no update covers keeps its value, and the
     optimizer what it remembers of it. `by_suffix`: optimizers of companion tensors, and by "" the one that an
     algorithm has in place of `optimizer`. `noise` is added to the mean of every trained tensor, covered or not.
+    `starts`: models of workers are mixed in, and these are the versions that they started from, with the share of
+    each model in the new version (`fedgrpc.algorithms.fedasync`).
     """
 
     base: ModelFile
@@ -78,6 +80,7 @@ class ModelCommit:
     about: Mapping[str, str] = field(default_factory=dict)
     by_suffix: Mapping[str, ServerOptimizer] = field(default_factory=dict)
     noise: Noise | None = None
+    starts: Sequence[tuple[float, ModelFile]] = ()
 
     @property
     def state_layout(self) -> Layout:
@@ -203,6 +206,9 @@ class ModelCommit:
         # Counters, indices and masks know whole numbers only.
         if spec.role is not TensorRole.STATISTIC or not spec.is_float:
             result = np.rint(result)
+        elif self.starts:
+            before, share = self.base.tensor(index), sum(share for share, _ in self.starts)
+            result = before + share * (result - before)
         values = _cast(result, spec.numpy_dtype)
         if (untouched := mean.untouched) is not None:
             values[untouched] = self.base.tensor(index)[untouched]
@@ -229,6 +235,10 @@ class ModelCommit:
             mean = delta[at - delta_at : piece.stop - delta_at]
             if self.noise is not None:
                 mean = mean + self.noise(spec.name, span.start + at, mean.size)
+            for share, start in self.starts:
+                # x + a (x_tau + difference - x): what the difference is to is not where the step begins.
+                began = start.part(span.index, span.start + piece.start, span.start + piece.stop)
+                mean = mean + share * (began - wide)
             stepped, after = optimizer.step(wide, mean, before)
             # An optimizer with momentum would also move what no update covers.
             if untouched is not None:

@@ -111,14 +111,17 @@ class AcceptedUpdates:
                 norms[token] = norm_of(self.load(token), layout, token not in sub_models, sub_models.get(token))
         return norms
 
-    def check(self, round_: RoundInProgress, tokens: Iterable[str]) -> None:
+    def check(self, round_: RoundInProgress, tokens: Iterable[str], versions: Iterable[int] = ()) -> None:
         """Check the files of a commit.
 
-        Raises `UnusableUpdate` for an update that has changed on the disk, and `StorageError` for the base.
+        Raises `UnusableUpdate` for an update that has changed on the disk, and `StorageError` for the base and
+        other `versions`.
         """
         for token in tokens:
             with blaming(token):
                 self.load(token).check()
+        for version in versions:
+            self._models.check(version)
         if round_.kind is not TaskKind.INITIALIZE:
             self._models.check(round_.base_version)
 
@@ -169,7 +172,7 @@ class NewVersion:
         Raises `StorageError`, `UnusableUpdate` for an update that is to be left out, and `UpdateRefused` when no
         update in particular is to blame.
         """
-        await asyncio.to_thread(self._updates.check, round_, merge.weights)
+        await asyncio.to_thread(self._updates.check, round_, merge.weights, merge.mixed.values())
         number = round_.base_version + 1
         # Scores of the version before. Computed again, they are equal, and so is the file.
         about = about_version(self._settings.run_name, round_.number, number, merge.scores.metrics)
@@ -188,6 +191,7 @@ class NewVersion:
             about,
             algorithm_of(self._settings.plan.algorithm).optimizers(self._optimizer, merge.workers),
             noise,
+            [(merge.share(token), self._models.open(version)) for token, version in merge.mixed.items()],
         )
         try:
             paths = self._models.path(number), self._models.optimizer_state_path(number)

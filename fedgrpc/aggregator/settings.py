@@ -213,9 +213,9 @@ class AggregatorSettings:
         if rule is None:
             return
         algorithm = algorithm_of(self.plan.algorithm)
-        if algorithm.companions or algorithm.uses_losses:
+        if algorithm.companions or algorithm.uses_losses or algorithm.mixing(0) is not None:
             raise UsageError(
-                f"aggregation {name} goes without {self.plan.algorithm}, which adds up what all devices send"
+                f"aggregation {name} goes without {self.plan.algorithm}, which takes each update as it is"
             )
         if not rule.by_coordinate and not all(covers_all(plan) for plan in self.local_models.plans):
             raise UsageError(
@@ -239,6 +239,7 @@ class AggregatorSettings:
             clips=clips,
             whole_models=not any(plan.parts for plan in self.local_models.plans),
             leaves=bool(self.leaves),
+            buffer_size=self.policy.buffer_size,
         )
 
     def _check_privacy(self) -> None:

@@ -174,6 +174,13 @@ class Algorithm(Protocol):
         """Return a factor on the differences of each update, before the weighted mean is taken."""
         ...
 
+    def mixing(self, staleness: int) -> float | None:
+        """Return the share of a worker's model in the new version, where models are mixed as FedAsync does.
+
+        None: differences are added to the version. `staleness` counts the versions since the worker got its model.
+        """
+        ...
+
     def optimizers(self, inner: ServerOptimizer, workers: int) -> Mapping[str, ServerOptimizer]:
         """Return the optimizer of the model's tensors, by "", and those of companions, by suffix.
 

@@ -18,11 +18,13 @@ def check_algorithm(
     clips: bool,
     whole_models: bool,
     leaves: bool,
+    buffer_size: int | None,
 ) -> None:
     """Raise `UsageError` unless the algorithm of `plan` goes with the rest of the run.
 
     `bounds_norms`: updates have a largest norm, to which they are scaled (`clips`) or over which they are refused.
-    `whole_models`: every device trains the model as it is. `leaves`: workers may be aggregators.
+    `whole_models`: every device trains the model as it is. `leaves`: workers may be aggregators. `buffer_size`: so
+    many updates make a version, without rounds.
     """
     algorithm = algorithm_of(plan.algorithm)
     name = plan.algorithm or "fedavg"
@@ -40,6 +42,11 @@ def check_algorithm(
         )
     if (algorithm.companions or algorithm.keeps) and leaves:
         raise UsageError(f"leaves go without {name}: it counts devices, of which a leaf sends one mean")
+    if algorithm.mixing(0) is not None and (buffer_size != 1 or clips or leaves):
+        raise UsageError(
+            f"{name} mixes in one whole model of a device at a time: set late = 'carry' and buffer_size = 1, and "
+            "neither clip_norm nor clip_quantile nor leaves"
+        )
     if algorithm.uses_losses and not evaluate:
         raise UsageError(f"{name} needs the loss of each device: leave out --no-evaluate")
     inner = FedAvg()
@@ -52,4 +59,6 @@ def counts_differences_alone(plan: TrainingPlan) -> bool:
     algorithm, inner = algorithm_of(plan.algorithm), FedAvg()
     more = algorithm.companions or algorithm.keeps or algorithm.normalizes
     weighs = algorithm.uses_norms or algorithm.uses_losses or type(algorithm).scales is not PlainMean.scales
-    return not (more or weighs) and algorithm.optimizers(inner, 1).get("") is inner
+    return (
+        not (more or weighs or algorithm.mixing(0) is not None) and algorithm.optimizers(inner, 1).get("") is inner
+    )

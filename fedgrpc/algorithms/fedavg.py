@@ -62,6 +62,10 @@ class FedAvg:
         """Leave every update as it is."""
         return [1.0] * len(updates)
 
+    def mixing(self, staleness: int) -> float | None:
+        """Add differences."""
+        return None
+
     def optimizers(self, inner: ServerOptimizer, workers: int) -> Mapping[str, ServerOptimizer]:
         """Step with the operator's optimizer."""
         return {"": inner}

@@ -7,6 +7,7 @@ from typing import Final
 
 from fedgrpc.algorithms.algorithm import Algorithm
 from fedgrpc.algorithms.ditto import Ditto
+from fedgrpc.algorithms.fedasync import FedAsync
 from fedgrpc.algorithms.fedavg import FedAvg
 from fedgrpc.algorithms.fedbn import FedBN
 from fedgrpc.algorithms.feddyn import FedDyn
@@ -30,6 +31,7 @@ ALGORITHMS: Final[dict[str, type]] = {
     "fedbn": FedBN,
     "ifca": Ifca,
     "qfedavg": QFedAvg,
+    "fedasync": FedAsync,
 }
 
 

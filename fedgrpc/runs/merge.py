@@ -39,6 +39,7 @@ from fedgrpc.training_plan import TrainingPlan
 # The mean of numbers within a bound may be above it by rounding.
 _SLACK: Final = 1 + 1e-9
 _NOTHING: Mapping[str, float] = MappingProxyType({})
+_NONE_MIXED: Mapping[str, int] = MappingProxyType({})
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,8 @@ class Merge:
     workers say of their training. `accumulated_steps`: what the steps of an update amount to in the mean; 0 where
     steps are not normalized. `workers`: of how many devices the updates are. `distances` of updates to their
     geometric median, where a rule has looked. `combine`: the rule for coordinates, in place of the mean. `means`:
-    of the trained tensors, float64, where a secure sum gave them and no update says anything by itself.
+    of the trained tensors, float64, where a secure sum gave them and no update says anything by itself. `mixed`:
+    models of workers are mixed in by their scales, each the difference of an update to this version.
     """
 
     weights: Mapping[str, float]
@@ -86,6 +88,7 @@ class Merge:
     distances: Mapping[str, float] = field(default_factory=lambda: _NOTHING)
     combine: Combine | None = None
     means: Mapping[str, np.ndarray] | None = None
+    mixed: Mapping[str, int] = field(default_factory=lambda: _NONE_MIXED)
 
     @property
     def alike(self) -> bool:
@@ -114,6 +117,10 @@ class Merge:
         """Factor on the differences of each update, before the sum is divided by all weights."""
         # The divisor has no scales: a scaled update counts for less, and makes no other count for more.
         return {token: weight * self.scales.get(token, 1.0) for token, weight in self.weights.items()}
+
+    def share(self, token: str) -> float:
+        """Return the share of an update in the mean."""
+        return self.factors[token] / math.fsum(self.weights.values())
 
 
 @dataclass(frozen=True)
@@ -235,7 +242,7 @@ class Weighing:
         reports = {token: round_.report(token) for token in tokens}
         workers = {token: task.worker for token, task in round_.state.tasks.items()}
         weights = self._weights(round_.kind, reports, workers)
-        scales, accumulated = dict.fromkeys(weights, 1.0), 0.0
+        scales, accumulated, mixed = dict.fromkeys(weights, 1.0), 0.0, _NONE_MIXED
         if round_.kind is TaskKind.TRAIN:
             if self.algorithm.normalizes:
                 # FedNova, arXiv 2007.07481: every update counts as if it had taken as many steps as the mean.
@@ -251,11 +258,13 @@ class Weighing:
             if self.cohort is not None:
                 # The mean divides by the count of updates, which is none of anybody's business: arXiv 1710.06963.
                 scales = {token: scale * len(scales) / self.cohort for token, scale in scales.items()}
-            # FedBuff, arXiv 2106.06639. Last, since it lowers whatever the algorithm made of an old update.
+            # Last, since it lowers whatever the algorithm made of an old update.
             scales = {
-                token: scale * staleness_scale(round_.state.tasks[token].staleness, self.staleness_exponent)
+                token: scale * self._age_scale(round_.state.tasks[token].staleness)
                 for token, scale in scales.items()
             }
+            if self.algorithm.mixing(0) is not None:
+                mixed = {token: round_.version_of(token) for token in weights}
         return Merge(
             weights,
             scales,
@@ -267,7 +276,13 @@ class Weighing:
             mean_metrics([(reports[token].metrics, weight) for token, weight in weights.items()]),
             accumulated,
             sum(self.workers(report) for report in reports.values()),
+            mixed=mixed,
         )
+
+    def _age_scale(self, staleness: int) -> float:
+        """Return the factor on an update that is so many versions old: FedAsync's, else FedBuff's (2106.06639)."""
+        mixing = self.algorithm.mixing(staleness)
+        return staleness_scale(staleness, self.staleness_exponent) if mixing is None else mixing
 
     def _algorithms_scales(
         self, weights: Mapping[str, float], reports: Mapping[str, Report], norms: Mapping[str, float]

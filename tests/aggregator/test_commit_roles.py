@@ -44,6 +44,22 @@ def written(tmp_path, updates, optimizer="fedavg", versions=1, base=BASE, **abou
     return {spec.name: model.tensor(index) for index, spec in enumerate(model.layout)}
 
 
+def test_statistics_are_mixed_as_parameters_are_and_counters_are_taken(tmp_path):
+    """FedAsync: 1 to 4 with a share of a quarter, and a start that is not the base."""
+    journal = UploadJournal(tmp_path / "uploads")
+    accept(journal, "a", update([5, 0, 1e-6], 10))
+    write_model(tmp_path / "0", LAYOUT, [np.full(2, 4, np.float32), *BASE[1:]])
+    write_model(tmp_path / "1", LAYOUT, BASE)
+    starts = [(0.25, ModelFile.open(tmp_path / "0"))]
+    merge, step = Merge({"a": 2.0}, {"a": 0.25}), server_optimizer("fedavg")
+    commit = ModelCommit(ModelFile.open(tmp_path / "1"), None, step, merge, journal.load, starts=starts)
+    commit.write(tmp_path / "2", tmp_path / "state-2")
+    new = ModelFile.open(tmp_path / "2")
+    np.testing.assert_allclose(new.named("w"), [1.25, 1.25])
+    np.testing.assert_allclose(new.named("bn.running_var"), [2, 0.75e4, 1e-6], rtol=1e-6)
+    assert new.named("bn.num_batches_tracked") == 10
+
+
 def update(variance, batches, calls=None):
     tensors = {"w": np.ones(2, np.float32), "bn.running_var": np.float32(variance)}
     tensors["bn.num_batches_tracked"] = np.array(batches)

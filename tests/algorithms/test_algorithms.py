@@ -183,6 +183,24 @@ def test_qfedavg_bounds_what_a_claimed_loss_can_do():
     assert claims[4] / claims[0] == pytest.approx(10.0)
 
 
+@pytest.mark.parametrize(
+    ("text", "shares"),
+    [
+        ("fedasync:alpha=0.5,s=constant", [0.5, 0.5, 0.5, 0.5]),
+        ("fedasync:alpha=0.5,a=1", [0.5, 0.25, 0.5 / 3, 0.125]),
+        ("fedasync:alpha=0.8,s=hinge,a=10,b=1", [0.8, 0.8, 0.8 / 11, 0.8 / 21]),
+    ],
+)
+def test_fedasync_mixes_by_the_staleness_functions_of_its_paper(text, shares):
+    algorithm = algorithm_of(text)
+    assert [algorithm.mixing(staleness) for staleness in range(4)] == pytest.approx(shares)
+
+
+def test_fedasync_pulls_as_fedprox_does():
+    assert played("fedasync:mu=0.7")[0].keys() == played("fedprox:mu=0.7")[0].keys()
+    assert np.array_equal(flat(played("fedasync:mu=0.7")[0]), flat(played("fedprox:mu=0.7")[0]))
+
+
 @pytest.mark.parametrize("text", [*ALGORITHMS, "fednova:mu=0.1"])
 def test_every_algorithm_plays_a_round(text):
     """The options have defaults, but for fedrep, which has to know the head."""
@@ -203,6 +221,9 @@ def test_a_class_of_ones_own_is_an_algorithm():
         ("fedprox:mu=big", "must be a number"),
         ("fedprox:nu=1", "takes the options mu"),
         ("fedprox:mu=-1", "above 0"),
+        ("fedasync:alpha=1.5", "at most 1"),
+        ("fedasync:s=linear", "hinge"),
+        ("fedasync:a=0", "above 0"),
         ("fedrep", "needs head"),
         ("scaffold:workers=-2", "from 0"),
         ("no.such.module:Class", "no.such.module"),

@@ -10,6 +10,7 @@ from fedgrpc.aggregation.server_optimizer import FedAvg as Average
 from fedgrpc.aggregator.settings import AggregatorSettings
 from fedgrpc.algorithms.registry import algorithm_of
 from fedgrpc.errors import UsageError
+from fedgrpc.rounds.policy import RoundPolicy
 from fedgrpc.storage.residual_file import read_residual
 from fedgrpc.submodels.plan import LocalModelPlan
 from fedgrpc.submodels.plan_table import PlanTable
@@ -19,6 +20,7 @@ from tests.support.quadratics import Quadratic, Termless, play
 from tests.support.running_federation import running_aggregator, start_worker
 
 ROUNDS = 3
+ONE_AT_A_TIME = RoundPolicy(late="carry", buffer_size=1)
 
 
 def plan_of(algorithm):
@@ -93,6 +95,10 @@ async def test_a_learning_task_that_ignores_the_term_takes_no_part(tmp_path):
         ("scaffold", {"local_models": PlanTable(LocalModelPlan(width=0.5))}, "local_models go without scaffold"),
         ("feddyn", {"leaves": ("leaf",)}, "leaves go without feddyn"),
         ("feddyn", {"server_optimizer": "fedadam"}, "a step of its own"),
+        ("fedasync", {}, "buffer_size = 1"),
+        ("fedasync", {"policy": ONE_AT_A_TIME, "clip_norm": 1.0}, "neither clip_norm"),
+        ("fedasync", {"policy": ONE_AT_A_TIME, "leaves": ("leaf",)}, "leaves"),
+        ("fedasync", {"policy": ONE_AT_A_TIME, "aggregation": "median"}, "as it is"),
         ("qfedavg", {"evaluate": False}, "needs the loss"),
         ("fedmagic", {}, "known: fedavg"),
     ],

@@ -7,6 +7,8 @@ import numpy as np
 import pytest
 
 from fedgrpc.aggregation.scaling import staleness_scale
+from fedgrpc.algorithms.registry import algorithm_of
+from fedgrpc.training_plan import TrainingPlan
 from fedgrpc.v1 import aggregator_pb2 as pb
 from fedgrpc.v1 import round_pb2
 from tests.support.hand_driven_device import MODEL, HandDrivenDevice, chunks, encoded, refused, update_of
@@ -301,6 +303,37 @@ async def test_a_buffer_commits_every_so_many_updates_and_waits_for_nobody(tmp_p
         await running.until_finished()
         assert {t.staleness for t in tasks_of(await running.round(3)).values() if t.phase == ACCEPTED} == {0, 1}
         assert_model(running, 4, 1.0 + (1.0 + HALF * 4.0) / 2 + (1.0 + HALF) / 2)
+
+
+ONE_AT_A_TIME = {**WINDOW, "buffer_size": 1}
+
+
+@pytest.mark.parametrize("s", ["constant", "polynomial,a=1", "hinge,a=2,b=1"])
+async def test_fedasync_mixes_in_the_model_that_a_device_has_trained_from_the_version_that_it_got(tmp_path, s):
+    text = f"fedasync:alpha=0.5,s={s}"
+    plan = {"plan": TrainingPlan(algorithm=text), "download_recipe": "raw", "upload_recipe": "raw"}
+    async with running_aggregator(tmp_path, policy=ONE_AT_A_TIME, rounds=4, keep_versions=1, **plan) as running:
+        (a, slow), (task, late) = await fleet(running, "a", "slow")
+        await slow.beat(late)
+        # Version 1, and what each of the next ones is mixed of: what its device got, and the difference.
+        models, mixing = {1: np.zeros(1)}, algorithm_of(text).mixing
+
+        async def mixed(device, its_task, change):
+            got, version = its_task.model_version, len(models)
+            await device.push(its_task, update_of(change))
+            await running.until_ended(version)
+            share = mixing(version - got)
+            models[version + 1] = (1 - share) * models[version] + share * (models[got] + change)
+            assert_model(running, version + 1, models[version + 1])
+
+        await mixed(a, task, 1.0)
+        await mixed(a, await a.task(), 2.0)
+        await mixed(slow, late, 4.0)
+        assert late.model_version == 1
+        # The next round opens once both have come back.
+        task, _ = await asyncio.gather(a.task(), slow.task())
+        await mixed(a, task, 8.0)
+        await running.until_finished()
 
 
 @pytest.mark.parametrize("policy", [BUFFER, CARRY])

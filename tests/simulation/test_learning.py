@@ -149,6 +149,16 @@ def test_a_simulation_whose_hours_are_over_scores_nothing_once_more_when_it_is_r
     assert not engine.scored
 
 
+def test_fedasync_learns_on_devices_of_unequal_speed(tmp_path: Path) -> None:
+    slow = replace(QUICK, name="slow", count=2, examples_per_s=10.0)
+    policy = replace(POLICY, late="carry", buffer_size=1, max_participants=None)
+    settings = {"policy": policy, "plan": TrainingPlan(2.0, algorithm="fedasync:alpha=0.6,s=hinge,a=10,b=4")}
+    rows = version_rows(_play(_experiment(replace(QUICK, count=4), slow, rounds=40, **settings), tmp_path))
+    assert rows[-1].version == 41
+    assert all(row.updates == 1 for row in rows[1:])
+    assert rows[-1].score > 0.8  # type: ignore[operator]
+
+
 def test_virtual_hours_end_it_and_it_goes_on_from_there(tmp_path: Path) -> None:
     experiment = _experiment()
     some = _play(experiment, tmp_path, hours=12 / 3600)
