@@ -36,14 +36,16 @@ class Roles:
     """Names (with * and ?) of those who may be evaluators, aggregators, or give the first model; empty: anyone.
 
     Scores of evaluators that the operator did not name are shown, but end no run and make no version the best.
+    `no_leaves`: why nobody may be an aggregator in this run; empty: there is no reason.
     """
 
     evaluators: tuple[str, ...] = ()
     leaves: tuple[str, ...] = ()
     initialisers: tuple[str, ...] = ()
+    no_leaves: str = ""
 
     def __post_init__(self) -> None:
-        """Raises `UsageError` for a pattern that no worker's name can match."""
+        """Raises `UsageError` for a pattern that no worker's name can match, and for leaves that cannot be."""
         for what, patterns in (
             ("evaluator", self.evaluators),
             ("leaf", self.leaves),
@@ -52,6 +54,8 @@ class Roles:
             for pattern in patterns:
                 if not _PATTERN.fullmatch(pattern):
                     raise UsageError(f"{what} must be a worker's name, perhaps with * and ?, not {pattern[:80]!r}")
+        if self.leaves and self.no_leaves:
+            raise UsageError(f"leaves: {self.no_leaves}")
 
     def check(self, registration: RegisterRequest) -> None:
         """Raise `WrongIdentity` when the worker may not have the role that it declares."""
@@ -60,6 +64,8 @@ class Roles:
             raise WrongIdentity(f"worker {name[:80]!r} is no evaluator here: --evaluator names those who are")
         if role == WORKER_ROLE_AGGREGATOR and not _named(name, self.leaves):
             raise WrongIdentity(f"worker {name[:80]!r} is no aggregator here: --leaf names those who are")
+        if role == WORKER_ROLE_AGGREGATOR and self.no_leaves:
+            raise WrongIdentity(f"worker {name[:80]!r} cannot be an aggregator in this run: {self.no_leaves}")
 
     def initialises(self, worker: str) -> bool:
         """Return whether this worker may give the first model."""

@@ -20,7 +20,7 @@ from fedgrpc.aggregation.robust.aggregation import MEAN, aggregation_of
 from fedgrpc.aggregation.server_optimizer import server_optimizer
 from fedgrpc.aggregator.negotiation import Negotiation
 from fedgrpc.aggregator.roles import Roles
-from fedgrpc.algorithms.combinations import check_algorithm, counts_differences_alone
+from fedgrpc.algorithms.combinations import check_algorithm, counts_differences_alone, goes_through_leaves
 from fedgrpc.algorithms.registry import algorithm_of
 from fedgrpc.claims import WEIGHT
 from fedgrpc.codec.manifest import Limits
@@ -190,7 +190,22 @@ class AggregatorSettings:
         except UsageError as error:
             raise UsageError(f"requires: {error}") from None
         Share(self.priority, self.quota)
-        Roles(self.evaluators, self.leaves, self.initialisers)
+        _ = self.roles
+
+    def _no_leaves(self) -> str:
+        """Return why no worker of the run may be an aggregator, of whose devices it sends one mean; "": it may."""
+        reasons = {
+            "aggregation and clip_quantile look at the update of each device": (
+                aggregation_of(self.aggregation) is not None or self.clip_quantile is not None
+            ),
+            "privacy bounds what one device adds": self.privacy.on,
+            "secure_aggregation sums up masked updates of devices": self.secure.on,
+            f"{self.plan.algorithm} counts devices, or takes the update of each": not goes_through_leaves(
+                self.plan
+            ),
+        }
+        found = next((reason for reason, holds in reasons.items() if holds), "")
+        return found and f"{found}, and a leaf sends one mean of many"
 
     def _check_clipping(self) -> None:
         """Shares and norms are bounded where every update is of the whole model and of a length of its own."""
@@ -206,10 +221,6 @@ class AggregatorSettings:
         rule, name = aggregation_of(self.aggregation), self.aggregation
         if self.clip_quantile is not None and not 0 < self.clip_quantile <= 1:
             raise UsageError(f"clip_quantile must be above 0, at most 1, not {self.clip_quantile:g}")
-        if self.leaves and (rule is not None or self.clip_quantile is not None):
-            raise UsageError(
-                "aggregation and clip_quantile go without leaves: of their devices they send one mean"
-            )
         if rule is None:
             return
         algorithm = algorithm_of(self.plan.algorithm)
@@ -238,7 +249,6 @@ class AggregatorSettings:
             bounds_norms=clips or self.max_update_norm is not None,
             clips=clips,
             whole_models=not any(plan.parts for plan in self.local_models.plans),
-            leaves=bool(self.leaves),
             buffer_size=self.policy.buffer_size,
         )
 
@@ -274,7 +284,6 @@ class AggregatorSettings:
             "max_share goes without privacy, where every update weighs the same": policy.max_share is not None,
             "weight_aim goes without privacy, where every update weighs the same": policy.weight_aim is not None,
             "late = 'carry' goes without privacy: a device could be in one version twice": policy.late == "carry",
-            "leaf goes without privacy: the mean of a leaf is of many devices": bool(self.leaves),
             "local_models of a part go without privacy: few devices would share a coordinate": not all(
                 map(covers_all, plans)
             ),
@@ -323,7 +332,6 @@ class AggregatorSettings:
             "goes without weight: a device puts its own weight into the sum": bool(self.worker_weights),
             "goes without max_share: weights are not seen": policy.max_share is not None,
             "goes without weight_aim: weights are not seen": policy.weight_aim is not None,
-            "goes without leaf: the sum is of devices, and a leaf sends a mean": bool(self.leaves),
             "goes without local_models: all devices add the same vector": self.local_models != PlanTable(),
             "with max_examples needs secure_weight_bits, and the other way round": (
                 (self.max_examples is None) != (self.secure.secure_weight_bits == 0)
@@ -393,10 +401,10 @@ class AggregatorSettings:
         """Lifetimes of certificates."""
         return Lives(device_s=self.certificate_life_s, grace_s=self.renewal_grace_s)
 
-    @property
+    @cached_property
     def roles(self) -> Roles:
         """Workers that may be evaluators or aggregators, or give the first model."""
-        return Roles(self.evaluators, self.leaves, self.initialisers)
+        return Roles(self.evaluators, self.leaves, self.initialisers, self._no_leaves())
 
     @property
     def admission(self) -> AdmissionPolicy:

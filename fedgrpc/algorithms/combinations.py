@@ -17,14 +17,13 @@ def check_algorithm(
     bounds_norms: bool,
     clips: bool,
     whole_models: bool,
-    leaves: bool,
     buffer_size: int | None,
 ) -> None:
     """Raise `UsageError` unless the algorithm of `plan` goes with the rest of the run.
 
     `bounds_norms`: updates have a largest norm, to which they are scaled (`clips`) or over which they are refused.
-    `whole_models`: every device trains the model as it is. `leaves`: workers may be aggregators. `buffer_size`: so
-    many updates make a version, without rounds.
+    `whole_models`: every device trains the model as it is. `buffer_size`: so many updates make a version,
+    without rounds.
     """
     algorithm = algorithm_of(plan.algorithm)
     name = plan.algorithm or "fedavg"
@@ -40,18 +39,23 @@ def check_algorithm(
             f"local_models go without {name}: what it keeps on a device is of the whole model, "
             "and a sub-model has no part of it"
         )
-    if (algorithm.companions or algorithm.keeps) and leaves:
-        raise UsageError(f"leaves go without {name}: it counts devices, of which a leaf sends one mean")
-    if algorithm.mixing(0) is not None and (buffer_size != 1 or clips or leaves):
+    if algorithm.mixing(0) is not None and (buffer_size != 1 or clips):
         raise UsageError(
             f"{name} mixes in one whole model of a device at a time: set late = 'carry' and buffer_size = 1, and "
-            "neither clip_norm nor clip_quantile nor leaves"
+            "neither clip_norm nor clip_quantile"
         )
     if algorithm.uses_losses and not evaluate:
         raise UsageError(f"{name} needs the loss of each device: leave out --no-evaluate")
     inner = FedAvg()
     if server_optimizer != "fedavg" and algorithm.optimizers(inner, 1).get("") is not inner:
         raise UsageError(f"server_optimizer goes without {name}, which has a step of its own")
+
+
+def goes_through_leaves(plan: TrainingPlan) -> bool:
+    """Return whether the mean of what leaves send, each the mean of its devices, is that of all devices."""
+    algorithm = algorithm_of(plan.algorithm)
+    counts_devices = algorithm.companions or algorithm.keeps
+    return not (counts_devices or algorithm.uses_losses or algorithm.uses_norms or algorithm.mixing(0) is not None)
 
 
 def counts_differences_alone(plan: TrainingPlan) -> bool:

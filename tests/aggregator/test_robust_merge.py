@@ -230,8 +230,8 @@ async def test_updates_are_clipped_to_the_quantile_of_their_round(tmp_path):
         ({"aggregation": "krum:f=1"}, "set --quorum"),
         ({"aggregation": "geometric-median", "local_models": PlanTable(LocalModelPlan(width=0.5))}, "no distance"),
         ({"aggregation": "nnm+median", "local_models": PlanTable(LocalModelPlan(width=0.5))}, "no distance"),
-        ({"aggregation": "median", "leaves": ("leaf",)}, "go without leaves"),
-        ({"clip_quantile": 0.5, "leaves": ("leaf",)}, "go without leaves"),
+        ({"aggregation": "median", "leaves": ("leaf",)}, "leaves: aggregation"),
+        ({"clip_quantile": 0.5, "leaves": ("leaf",)}, "leaves: aggregation and clip_quantile"),
         ({"clip_quantile": 0.0}, "above 0"),
         ({"aggregation": "average"}, "known: median"),
         (

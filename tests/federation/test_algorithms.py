@@ -93,7 +93,7 @@ async def test_a_learning_task_that_ignores_the_term_takes_no_part(tmp_path):
         ("scaffold", {"clip_norm": 1.0}, "go without scaffold"),
         ("scaffold", {"max_update_norm": 1.0}, "go without scaffold"),
         ("scaffold", {"local_models": PlanTable(LocalModelPlan(width=0.5))}, "local_models go without scaffold"),
-        ("feddyn", {"leaves": ("leaf",)}, "leaves go without feddyn"),
+        ("feddyn", {"leaves": ("leaf",)}, "leaves: feddyn"),
         ("feddyn", {"server_optimizer": "fedadam"}, "a step of its own"),
         ("fedasync", {}, "buffer_size = 1"),
         ("fedasync", {"policy": ONE_AT_A_TIME, "clip_norm": 1.0}, "neither clip_norm"),

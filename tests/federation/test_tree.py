@@ -8,6 +8,7 @@ from contextlib import AsyncExitStack
 import numpy as np
 import pytest
 
+from fedgrpc.errors import FedgrpcError
 from fedgrpc.protocol.tasks import WorkerRole
 from fedgrpc.submodels.plan import LocalModelPlan, Pruning
 from fedgrpc.submodels.plan_table import PlanTable
@@ -139,6 +140,31 @@ async def test_updates_of_unequal_steps_are_normalized_in_a_tree_as_they_are_fla
     assert_equal(result, await tree(tmp_path / "two", [("a",)] * 3 + [("b",)] * 5, Unequal, about))
     places = [("m", "c")] * 2 + [("m", "d")] * 2 + [("n", "e")] * 3 + [("n",)]
     assert_equal(result, await tree(tmp_path / "three", places, Unequal, about))
+
+
+LIMITED = {"policy": {"min_workers": 1, "late": "carry", "buffer_size": 1, "selection_window_s": 1.0}}
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "more"),
+    [
+        ("scaffold", {}),
+        ("feddyn:alpha=0.1", {}),
+        ("ditto", {}),
+        ("fedrep:head=w", {}),
+        ("fedbn", {}),
+        ("ifca", {}),
+        ("qfedavg", {}),
+        ("fedasync", LIMITED),
+    ],
+)
+async def test_an_algorithm_that_wants_each_device_s_own_update_refuses_leaves(tmp_path, algorithm, more):
+    """Where no --leaf names any, too: a leaf would count as one device, and its devices not at all."""
+    plan = TrainingPlan(learning_rate=0.1, momentum=0.5, algorithm=algorithm)
+    async with running_aggregator(tmp_path, rounds=1, evaluate=True, plan=plan, **more) as root:
+        with pytest.raises(FedgrpcError, match=f"in this run: {algorithm}.*a leaf sends one mean"):
+            async with running_leaf(tmp_path / "leaf", "leaf", root):
+                pass
 
 
 class Scorer(ShiftTrainer):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -100,6 +101,38 @@ def test_points_are_played_in_processes_and_those_that_are_done_are_not_played_a
     assert play_points(points, tmp_path, 2, shown.append) == results
     assert shown[3:] == [2]
     assert len(curves_of(points, results)) == 2
+
+
+def _point(**changes: Any):
+    (point,) = _points(**{"seeds": [1], "grid": {"aggregator": {"epochs": [1]}}, **changes})
+    return point
+
+
+def test_a_point_that_is_done_is_never_played_again_and_one_of_other_settings_is_refused(tmp_path: Path) -> None:
+    """Numbers of points move when a grid grows: results of other settings passed for those of the new ones."""
+    done = play_points([_point()], tmp_path, 1)
+    shutil.rmtree(tmp_path / "points" / _point().folder / "run")
+    assert play_points([_point()], tmp_path, 1) == done
+    assert not (tmp_path / "points" / _point().folder / "run").exists()
+    other = _point(grid={"aggregator": {"epochs": [2]}})
+    assert other.folder == _point().folder
+    with pytest.raises(UsageError, match=r"begun with aggregator\.epochs = 1, and the grid asks for 2"):
+        play_points([other], tmp_path, 1)
+
+
+def test_points_are_scored_at_equal_virtual_hours_and_go_on_to_later_ones(tmp_path: Path) -> None:
+    def played(hours: float) -> list[VersionRow]:
+        (rows,) = play_points([_point(grid={"aggregator": {"rounds": [1000]}}, hours=hours)], tmp_path, 1).values()
+        return rows
+
+    early = played(0.01)
+    assert early[-1].virtual_h <= 0.01
+    assert played(0.01) == early
+    later = played(0.02)
+    assert 0.01 < later[-1].virtual_h <= 0.02
+    assert later[: len(early) - 1] == early[:-1]
+    with pytest.raises(UsageError, match=r"has 0\.02 virtual hours"):
+        played(0.01)
 
 
 @pytest.mark.extras

@@ -1,14 +1,14 @@
 """Sweeps: one experiment with many settings and seeds, each a simulation of its own, several at a time.
 
-    FOLDER/points/0003-seed-1/    one simulation (fedgrpc.simulation.learning.run), versions.json once it is done
+    FOLDER/points/0003-seed-1/    one simulation (fedgrpc.simulation.learning.run), and its `point_folder`
 
-The rule: a point that is done is not played again. So a sweep that was cut off goes on where it was.
+The rule: a point that is done is not played again. So a sweep that was cut off goes on where it was. With
+`hours`, all points are scored at equal virtual hours: none has a version or a score of later.
 """
 
 from __future__ import annotations
 
 import itertools
-import json
 import math
 import multiprocessing
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -25,12 +25,12 @@ from fedgrpc import toml
 from fedgrpc.errors import FedgrpcError, UsageError
 from fedgrpc.simulation.learning.engine import InProcess
 from fedgrpc.simulation.learning.experiment import Experiment
+from fedgrpc.simulation.learning.point_folder import PointFolder
 from fedgrpc.simulation.learning.pool import leave_to_parent
 from fedgrpc.simulation.learning.run import LearningRun
 from fedgrpc.simulation.learning.versions import VersionRow, version_rows
 
 MOST_POINTS: Final = 10_000
-_DONE: Final = "versions.json"
 _AXES: Final = ("grid", "choices")
 
 # Builds an experiment from the content of its file.
@@ -74,6 +74,7 @@ class Point:
     seed: int
     choices: Mapping[str, Any]
     experiment: Experiment = field(repr=False)
+    document: Mapping[str, Any] = field(repr=False)
     hours: float = math.inf
 
     @property
@@ -103,7 +104,7 @@ def points_of(document: Mapping[str, Any], base: Mapping[str, Any], read: ReadEx
             for name, value in {**changes, "aggregator.seed": seed, "learning.seed": seed}.items():
                 table, _, key = name.partition(".")
                 changed.setdefault(table, {})[key] = value
-            points.append(Point(number, seed, choices, read(changed), search.hours or math.inf))
+            points.append(Point(number, seed, choices, read(changed), changed, search.hours or math.inf))
     if len(points) > MOST_POINTS:
         raise UsageError(f"a sweep of {len(points)} simulations; it may have {MOST_POINTS}: search = 'random'")
     return points
@@ -174,16 +175,17 @@ def play_points(
 ) -> dict[str, list[VersionRow]]:
     """Play what is not done yet, `jobs` at a time; return the versions of each point, by its folder's name.
 
-    `show` hears how many are done. An error of one point ends all. Raises as `LearningRun`.
+    `show` hears how many are done. An error of one point ends all. Raises as `LearningRun`, and `UsageError` for a
+    folder of other settings.
     """
-    results = {point.folder: rows for point in points if (rows := _done(folder / "points" / point.folder))}
+    results = {point.folder: rows for point in points if (rows := _folder(point, folder).versions())}
     waiting = [point for point in points if point.folder not in results]
     show(len(results))
     context = multiprocessing.get_context("spawn")
     pool = ProcessPoolExecutor(min(jobs, max(1, len(waiting))), context, leave_to_parent)
     try:
         running: dict[Future[list[VersionRow]], Point] = {
-            pool.submit(_play, point, folder / "points" / point.folder): point for point in waiting
+            pool.submit(_play, point, _folder(point, folder)): point for point in waiting
         }
         while running:
             done, _ = wait(running, return_when=FIRST_COMPLETED)
@@ -209,16 +211,14 @@ def tidy_rows(points: Sequence[Point], results: Results) -> list[dict[str, Any]]
     ]
 
 
-def _done(folder: Path) -> list[VersionRow]:
-    path = folder / _DONE
-    return [VersionRow(**values) for values in json.loads(path.read_text())] if path.exists() else []
+def _folder(point: Point, folder: Path) -> PointFolder:
+    return PointFolder(folder / "points" / point.folder, point.document, point.hours)
 
 
-def _play(point: Point, folder: Path) -> list[VersionRow]:
+def _play(point: Point, folder: PointFolder) -> list[VersionRow]:
     """Play one point in a process of its own."""
+    folder.begin()
     engine = InProcess(point.experiment.learning, point.experiment.count)
-    rows = version_rows(LearningRun(point.experiment, folder, engine, point.seed).run(point.hours))
-    unfinished = folder / f"{_DONE}.part"
-    unfinished.write_text(json.dumps([vars(row) for row in rows], default=dict))
-    unfinished.replace(folder / _DONE)
+    rows = version_rows(LearningRun(point.experiment, folder.path, engine, point.seed).run(point.hours))
+    folder.finish(rows)
     return rows
