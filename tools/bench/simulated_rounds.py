@@ -1,8 +1,12 @@
 """The demo's five devices as real processes over gRPC, and simulated: the same versions, and how long rounds take.
 
     python -m tools.bench.simulated_rounds --encoding int8+zstd
+    python -m tools.bench.simulated_rounds --pace 864 --links 0.01
 
 The speed of a device is that of this machine, measured right before (`fedgrpc profile`), divided by its slowdown.
+On a machine whose speed changes with its load that says little. With `--pace` the processes are devices that train
+so many examples in a second, divided by their slowdown: what is compared is all but the speed of the processor.
+`--links` makes their links so many times faster, so that transfers take a part of the round.
 """
 
 from __future__ import annotations
@@ -13,11 +17,13 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from fedgrpc.aggregator.settings import AggregatorSettings
-from fedgrpc.cli.demo.processes import make_fleet
+from fedgrpc.cli.demo.processes import DeviceClass, make_fleet
 from fedgrpc.cli.profile import measure
 from fedgrpc.logging import configure
 from fedgrpc.rounds.policy import RoundPolicy
@@ -30,10 +36,29 @@ from fedgrpc.storage.run_store import RunStore
 from fedgrpc.training_plan import TrainingPlan
 from fedgrpc.v1.round_pb2 import TASK_KIND_TRAIN, TaskPhase
 from fedgrpc.worker.task_loader import load_trainer
+from tools.bench.paced import SCORED_FASTER
 
 TASK = "fedgrpc.tasks.digits"
+PACED = "tools.bench.paced:PacedDigits"
 PARTITION = "dirichlet:0.5"
 DEVICES = 5
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What is played."""
+
+    encoding: str
+    rounds: int
+    epochs: float
+    pace: float | None
+    links: float
+
+    def devices(self) -> Iterator[tuple[int, DeviceClass]]:
+        """Return the demo's devices with their numbers, and the links that they have here."""
+        for number, device in enumerate(make_fleet(DEVICES), 1):
+            kind = device.device_class
+            yield number, replace(kind, link_bits_per_second=int(kind.link_bits_per_second * self.links))
 
 
 def _start(stack: ExitStack, *arguments: str) -> subprocess.Popen[bytes]:
@@ -45,7 +70,7 @@ def _start(stack: ExitStack, *arguments: str) -> subprocess.Popen[bytes]:
     return process
 
 
-def deployed(folder: Path, encoding: str, rounds: int, epochs: float) -> None:
+def deployed(folder: Path, setup: Setup) -> None:
     """Play the run as real processes."""
     port = folder / "port"
     os.mkfifo(port)
@@ -53,31 +78,38 @@ def deployed(folder: Path, encoding: str, rounds: int, epochs: float) -> None:
         aggregator = _start(
             stack,
             *("aggregator", "--address", "127.0.0.1:0", "--data-dir", str(folder / "run")),
-            *("--port-file", str(port), "--rounds", str(rounds), "--epochs", str(epochs)),
-            *("--min-workers", str(DEVICES), "--encoding", encoding, "--seed", "1", "--run-name", "truth"),
+            *("--port-file", str(port), "--rounds", str(setup.rounds), "--epochs", str(setup.epochs)),
+            *("--min-workers", str(DEVICES), "--encoding", setup.encoding, "--seed", "1", "--run-name", "truth"),
             *("--keep-versions", "100", "--deadline", "10m"),
         )
         address = f"127.0.0.1:{port.read_text().strip()}"
-        for number, device in enumerate(make_fleet(DEVICES), 1):
-            kind = device.device_class
+        for number, kind in setup.devices():
+            speed = ["--task", TASK, "--slowdown", str(kind.slowdown)]
+            if setup.pace is not None:
+                speed = ["--task", PACED, "--option", f"pace={setup.pace / kind.slowdown}"]
             _start(
                 stack,
-                *("worker", "--aggregator", address, "--name", f"device{number}-0", "--task", TASK),
+                *("worker", "--aggregator", address, "--name", f"device{number}-0", *speed),
                 *("--partition", PARTITION, "--part", f"{number}/{DEVICES}", "--threads", "1", "--device", "cpu"),
-                *("--slowdown", str(kind.slowdown), "--link", str(kind.link_bits_per_second)),
-                *("--profile", "memory_bytes=8589934592", "--state-dir", str(folder / device.name)),
+                *("--link", str(kind.link_bits_per_second)),
+                *("--profile", "memory_bytes=8589934592", "--state-dir", str(folder / f"device{number}")),
                 *("--serve-address", "none"),
             )
         aggregator.wait()
 
 
-def simulated(folder: Path, encoding: str, rounds: int, epochs: float) -> None:
-    """Play the same run with devices that are described by a measurement."""
+def _speeds(setup: Setup) -> Mapping[str, float]:
+    """Return the speed of a device without slowdown: what the processes keep to, or what this machine has now."""
+    if setup.pace is not None:
+        return {"examples_per_s": setup.pace, "scored_per_s": SCORED_FASTER * setup.pace, "overhead_s": 0.0}
     trainer = load_trainer(TASK, device="cpu", threads=1)
-    measured = measure(trainer, trainer.initial_weights(), 3.0)
-    kinds = []
-    for number, device in enumerate(make_fleet(DEVICES), 1):
-        kind = device.device_class
+    return measure(trainer, trainer.initial_weights(), 3.0)
+
+
+def simulated(folder: Path, setup: Setup) -> None:
+    """Play the same run with devices that are described."""
+    measured, kinds = _speeds(setup), []
+    for number, kind in setup.devices():
         mbit = kind.link_bits_per_second / 1e6
         kinds.append(
             DeviceKind(
@@ -96,11 +128,11 @@ def simulated(folder: Path, encoding: str, rounds: int, epochs: float) -> None:
         )
     settings = AggregatorSettings(
         Path(),
-        rounds=rounds,
+        rounds=setup.rounds,
         policy=RoundPolicy(min_workers=DEVICES, deadline_s=600.0),
-        plan=TrainingPlan(epochs=epochs),
-        upload_recipe=encoding,
-        download_recipe=encoding,
+        plan=TrainingPlan(epochs=setup.epochs),
+        upload_recipe=setup.encoding,
+        download_recipe=setup.encoding,
         seed=1,
         run_name="truth",
         keep_versions=100,
@@ -126,18 +158,21 @@ def told(folder: Path) -> Told:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--encoding", default="int8+zstd")
     parser.add_argument("--rounds", type=int, default=6)
     parser.add_argument("--epochs", type=float, default=3.0)
+    parser.add_argument("--pace", type=float, help="examples a second that a device without slowdown trains")
+    parser.add_argument("--links", type=float, default=1.0, help="times as fast as the demo's")
     asked = parser.parse_args()
+    setup = Setup(asked.encoding, asked.rounds, asked.epochs, asked.pace, asked.links)
     configure("error", "console")
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         # Before and after: the load of the machine may change meanwhile.
-        simulated(folder / "before", asked.encoding, asked.rounds, asked.epochs)
-        deployed(folder, asked.encoding, asked.rounds, asked.epochs)
-        simulated(folder / "after", asked.encoding, asked.rounds, asked.epochs)
+        simulated(folder / "before", setup)
+        deployed(folder, setup)
+        simulated(folder / "after", setup)
         real = told(folder / "run")
         before, after = told(folder / "before" / "run"), told(folder / "after" / "run")
     print(f"{asked.encoding}, load {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores")

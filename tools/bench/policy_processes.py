@@ -1,0 +1,180 @@
+"""Policies of a sweep as real processes over gRPC, beside their simulation: do they rank the same?
+
+    python -m tools.bench.policy_processes --out processes
+
+Each policy of examples/policies/processes-grid.toml is one aggregator, a worker for each device and an evaluator.
+Devices keep to the described speed (`tools.bench.paced`) and link. A policy that is done under --out is not played
+again. The simulation is of the same files. Hours count from the first round that trains.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from fedgrpc import toml
+from fedgrpc.cli.experiment import parse_experiment
+from fedgrpc.logging import configure
+from fedgrpc.simulation.learning.sweep import Point, play_points, points_of, search_of
+from fedgrpc.storage.database import DATABASE
+from fedgrpc.storage.run_store import RunStore
+from fedgrpc.v1.round_pb2 import TASK_KIND_TRAIN
+
+GRID = Path("examples/policies/processes-grid.toml")
+PACED = "tools.bench.paced:PacedFashionMnist"
+_SECONDS = 3600.0
+
+
+@dataclass(frozen=True)
+class Scored:
+    """A version of a run: seconds since the first round began, bytes of all rounds until then, and accuracy."""
+
+    at_s: float
+    moved_bytes: int
+    accuracy: float | None
+
+
+def _start(stack: ExitStack, log: Path, *arguments: str) -> None:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    output = stack.enter_context(log.open("wb"))
+    process = subprocess.Popen(
+        [sys.executable, "-m", "fedgrpc", *arguments], env=environment, stdout=output, stderr=output
+    )
+    stack.callback(process.wait)
+    stack.callback(process.terminate)
+
+
+def deployed(point: Point, folder: Path) -> None:
+    """Play a policy as real processes for its hours, from the moment when all of them are there."""
+    folder.mkdir(parents=True)
+    port, config = folder / "port", folder / "aggregator.toml"
+    os.mkfifo(port)
+    config.write_text("[aggregator]\n" + "".join(f"{k} = {json.dumps(v)}\n" for k, v in _table(point).items()))
+    devices = [(f"{kind.name}-{n}", kind) for kind in point.experiment.classes for n in range(kind.count)]
+    learning = point.experiment.learning
+    with ExitStack() as stack:
+        serving = ("--address", "127.0.0.1:0", "--port-file", str(port), "--data-dir", str(folder / "run"))
+        _start(stack, folder / "aggregator.log", "aggregator", "--config", str(config), *serving)
+        address = f"127.0.0.1:{port.read_text().strip()}"
+        common = ("--aggregator", address, "--data", str(learning.data), "--model", str(learning.model))
+        common = (*common, "--threads", "1", "--device", "cpu", "--serve-address", "none")
+        for number, (name, kind) in enumerate(devices, 1):
+            _start(
+                stack,
+                folder / f"{name}.log",
+                *("worker", "--name", name, "--task", PACED, "--option", f"pace={kind.examples_per_s}", *common),
+                *("--partition", str(learning.partition), "--part", f"{number}/{len(devices)}"),
+                *("--seed", str(learning.seed), "--state-dir", str(folder / name)),
+                *("--device-class", kind.device_class or kind.name, "--link", str(int(kind.up_mbit * 1e6))),
+            )
+        _start(
+            stack,
+            folder / "evaluator.log",
+            *("worker", "--name", "evaluator", "--role", "evaluator", "--task", learning.task, *common),
+            *("--state-dir", str(folder / "evaluator")),
+        )
+        _wait(folder / "run", point.hours * _SECONDS)
+
+
+def _table(point: Point) -> Mapping[str, Any]:
+    table = {"seed": point.seed, "run_name": "policy", "insecure": True, **point.document["aggregator"]}
+    return {name.replace("-", "_"): value for name, value in table.items()}
+
+
+def _wait(run: Path, seconds: float) -> None:
+    """Wait until so many seconds have passed since the first round that trains was opened."""
+    while not (versions := scored(run)) or versions[-1].at_s < seconds:
+        if versions:
+            time.sleep(max(1.0, min(20.0, seconds - versions[-1].at_s)))
+        time.sleep(2.0)
+
+
+def scored(run: Path) -> list[Scored]:
+    """Return the versions that rounds have made, from the aggregator's records."""
+    if not (run / DATABASE).exists():
+        return []
+    store = RunStore(run / DATABASE, read_only=True)
+    try:
+        records = [each for each in store.rounds(1 << 62, 1 << 31)[0] if each.kind == TASK_KIND_TRAIN]
+    finally:
+        store.close()
+    found, moved = [], 0
+    records.sort(key=lambda record: record.number)
+    for record in records:
+        moved += sum(task.download_bytes + task.upload_bytes for task in record.tasks)
+        opened_s = record.started_at.ToMicroseconds() / 1e6 - records[0].started_at.ToMicroseconds() / 1e6
+        accuracy = record.evaluator_metrics.get("accuracy")
+        if record.committed_version:
+            found.append(Scored(opened_s + record.duration_seconds, moved, accuracy))
+    return found
+
+
+def played(point: Point, folder: Path) -> list[Scored]:
+    """Return the versions of a policy as real processes."""
+    done = folder / "versions.json"
+    if not done.exists():
+        deployed(point, folder)
+        done.write_text(json.dumps([asdict(each) for each in scored(folder / "run")]))
+    return [Scored(**each) for each in json.loads(done.read_text())]
+
+
+def simulated(points: list[Point], folder: Path) -> list[list[Scored]]:
+    """Return the versions of each policy in its simulation."""
+    rows = play_points(points, folder, 1)
+    return [
+        [
+            Scored(row.virtual_h * _SECONDS, row.down_bytes + row.up_bytes, row.scores.get("accuracy"))
+            for row in rows[point.folder]
+            if row.round > 0
+        ]
+        for point in points
+    ]
+
+
+def shown(versions: list[Scored], seconds: float) -> str:
+    """Return accuracies at a half and the whole of the time, versions and megabytes, as cells of a table."""
+    within = [each for each in versions if each.at_s <= seconds]
+
+    def accuracy(until_s: float) -> str:
+        scores = [each.accuracy for each in within if each.at_s <= until_s and each.accuracy is not None]
+        return f"{100 * sum(scores[-3:]) / len(scores[-3:]):.1f}" if scores else "-"
+
+    moved = within[-1].moved_bytes / 1e6 if within else 0.0
+    return f"{accuracy(seconds / 2)} | {accuracy(seconds)} | {len(within)} | {moved:.1f}"
+
+
+def main() -> None:
+    """Play what is not done, and print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--grid", type=Path, default=GRID)
+    parser.add_argument("--policies", nargs="+", help="of the grid; without: all")
+    asked = parser.parse_args()
+    configure("error", "console")
+    document = toml.parse(asked.grid.read_text())
+    base = toml.parse((asked.grid.parent / search_of(document).experiment).read_text())
+    points = points_of(document, base, parse_experiment)
+    points = [each for each in points if not asked.policies or each.choices["policy"] in asked.policies]
+    print(
+        "| policy | played as | 12 h | 24 h | versions | MB |\n| --- | --- | --- | --- | --- | --- |", flush=True
+    )
+    for point, versions in zip(points, simulated(points, asked.out / "simulated"), strict=True):
+        print(
+            f"| {point.choices['policy']} | simulation | {shown(versions, point.hours * _SECONDS)} |", flush=True
+        )
+    for point in points:
+        versions = played(point, asked.out / str(point.choices["policy"]))
+        print(f"| {point.choices['policy']} | processes | {shown(versions, point.hours * _SECONDS)} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
