@@ -94,7 +94,9 @@ class BatchPipeline(Generic[T]):
         self._raise()
 
     def add(self, item: T) -> None:
-        """Hand over one item, however many are waiting."""
+        """Hand over one item, however many are waiting. After an error it is given up."""
+        if self._error is not None:
+            return self._done([item])
         self._waiting.append(item)
         self._start()
 

@@ -21,12 +21,12 @@ from fedgrpc.aggregator.registry import Worker
 from fedgrpc.aggregator.roles import check_claim
 from fedgrpc.aggregator.run_directory import RunDirectory
 from fedgrpc.aggregator.run_texts import received_texts
-from fedgrpc.aggregator.service import checked_digest
+from fedgrpc.aggregator.service import checked_digest, first_message
 from fedgrpc.aggregator.sessions import check_speaker
 from fedgrpc.aggregator.settings import AggregatorSettings
 from fedgrpc.aggregator.views import numbers
 from fedgrpc.codec.chunk import Chunk
-from fedgrpc.errors import Exhausted, LayoutError, NotFound, StorageError, UpdateRefused, UsageError
+from fedgrpc.errors import Exhausted, NotFound, StorageError, UpdateRefused, UsageError
 from fedgrpc.privacy.one_time_keys import PublicKeys
 from fedgrpc.protocol.devices import bounded_registration
 from fedgrpc.protocol.durations import duration_from_proto, duration_to_proto
@@ -295,11 +295,9 @@ class HostService(aggregator_pb2_grpc.AggregatorServicer):
     async def PushUpdate(
         self, request_iterator: AsyncIterator[pb.PushUpdateRequest | Chunk], context: Context
     ) -> pb.PushUpdateResponse:
-        # The header says of which task the update is. The rest stays with gRPC.
-        first = await anext(request_iterator, None)
-        if not isinstance(first, pb.PushUpdateRequest) or first.WhichOneof("content") != "header":
-            raise LayoutError("the first message of an update is its header")
-        run = self._runs.of_token(first.header.token)
+        # The first message says of which task the update is. The rest stays with gRPC.
+        first = first_message(await anext(request_iterator, None))
+        run = self._runs.of_token(first.header.token or first.beside.token)
         with run.calling():
             return await run.service.take_update(first, context)
 

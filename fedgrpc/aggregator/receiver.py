@@ -22,7 +22,8 @@ from fedgrpc.aggregator.run_shell import RunShell
 from fedgrpc.aggregator.settings import AggregatorSettings
 from fedgrpc.aggregator.update_checks import ExpectedUpdate, decoding_bytes, examine, max_header_bytes, verify
 from fedgrpc.aggregator.upload_queue import UploadSlots, UploadStream
-from fedgrpc.aggregator.upload_reader import ByteBudget, UploadReader
+from fedgrpc.aggregator.upload_reader import ByteBudget, UploadChunks, UploadReader
+from fedgrpc.aggregator.uploads_in_progress import UploadsInProgress, may_have_sides
 from fedgrpc.aio import to_its_end
 from fedgrpc.codec.chunk import FIRST_CHUNK_BYTES, Chunk
 from fedgrpc.codec.layout import Layout
@@ -135,6 +136,7 @@ class Receiver:
         self._max_header_bytes = max_header_bytes(())
         # When the first byte of each update came.
         self._begun: dict[str, float] = {}
+        self._in_progress = UploadsInProgress(settings.max_upload_memory_bytes)
         self._log = log.bind(run=settings.run_name)
         shell.on_task_closed(self._close_task)
 
@@ -175,13 +177,18 @@ class Receiver:
             arrival, is_new = Arrival(self._journal, header, manifest), token not in self._begun
             self._begun.setdefault(token, time.monotonic())
             try:
-                if not is_new and whole is None:
-                    # How much is there already tells how fast it comes.
+                if whole is None and (not is_new or may_have_sides(manifest.size_bytes)):
+                    # How much is there already tells how fast it comes, and which stream has the next chunk.
                     await asyncio.to_thread(arrival.opened)
                 return await self._store(arrival, report, expected, chunks, whole, stream)
             except StorageError as error:
                 self._data_folder.failed(Use.UPDATES, error)
                 raise
+
+    async def receive_beside(self, worker: str, token: str, chunks: UploadChunks) -> None:
+        """Take the chunks of a side stream. Raises as `PushUpdate` in aggregator.proto says."""
+        await self._shell.check_open(worker, token)
+        await self._in_progress.take_beside(token, chunks)
 
     async def held(self, worker: str, token: str) -> Held:
         """Return how much is held of an update. Raises as `QueryPush` says."""
@@ -248,7 +255,8 @@ class Receiver:
             await still_wanted()
             last = whole
             if whole is None:
-                last = await reader.run(chunks, self._settings.policy.lease_s, still_wanted)
+                with self._in_progress.reading(token, size_bytes, reader):
+                    last = await reader.run(chunks, self._settings.policy.lease_s, still_wanted)
             if last is None and size_bytes and not (await asyncio.to_thread(arrival.opened)).complete:
                 return arrival.size_bytes, False
             stream.complete()

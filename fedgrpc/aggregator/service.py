@@ -171,15 +171,19 @@ class AggregatorService(aggregator_pb2_grpc.AggregatorServicer):
         self, request_iterator: AsyncIterator[pb.PushUpdateRequest | Chunk], context: grpc.aio.ServicerContext
     ) -> pb.PushUpdateResponse:
         # The chunks do not come from the iterator, which would hold each until the next one is there.
-        first = await anext(request_iterator, None)
-        if not isinstance(first, pb.PushUpdateRequest) or first.WhichOneof("content") != "header":
-            raise LayoutError("the first message of an update is its header")
-        return await self.take_update(first, context)
+        return await self.take_update(first_message(await anext(request_iterator, None)), context)
 
     async def take_update(
         self, first: pb.PushUpdateRequest, context: grpc.aio.ServicerContext
     ) -> pb.PushUpdateResponse:
-        """Take an update whose first message, with its header, has come. Raises as `PushUpdate` says."""
+        """Take an update, or what a side stream has of one, whose first message has come.
+
+        Raises as `PushUpdate` says.
+        """
+        if first.HasField("beside"):
+            self._check_caller(context, first.beside.worker)
+            await self._receiver.receive_beside(first.beside.worker, first.beside.token, UploadChunks(context))
+            return pb.PushUpdateResponse()
         self._check_caller(context, first.header.worker)
         whole = chunk_from_proto(first.whole) if first.HasField("whole") else None
         size_bytes, complete = await self._receiver.receive(first.header, UploadChunks(context), whole)
@@ -298,6 +302,13 @@ class AggregatorService(aggregator_pb2_grpc.AggregatorServicer):
     async def StopRun(self, request: pb.StopRunRequest, context: grpc.aio.ServicerContext) -> pb.StopRunResponse:
         await self._coordinator.stop(" ".join(request.reason.split())[:500])
         return pb.StopRunResponse(run=self.view.run())
+
+
+def first_message(message: object) -> pb.PushUpdateRequest:
+    """Return the first message of a `PushUpdate`, if it may be one. Raises `LayoutError`."""
+    if isinstance(message, pb.PushUpdateRequest) and message.WhichOneof("content") in ("header", "beside"):
+        return message
+    raise LayoutError("the first message of an update is its header, or says to which upload it is beside")
 
 
 def checked_digest(digest: bytes) -> bytes:

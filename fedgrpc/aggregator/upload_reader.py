@@ -1,8 +1,12 @@
-"""Reader of one upload: from the messages of its call to its file, within a bound on memory for all uploads.
+"""Reader of one upload: from the messages of its calls to its file, within a bound on memory for all uploads.
 
 The rule: no message is read before there is memory for it, and the memory is given back once its bytes are in
 the file. So all uploads together use bounded memory. A reader whose sender is silent gives its reservation back
 after a grace time, so that nobody waits for it: each such reader may exceed the bound by one chunk.
+
+gRPC lets about 1 MiB of a stream be on its way, so over a long round trip an upload has side streams, which carry
+some of its chunks (`chunk_order`). A side stream has memory for one chunk of its own, outside the bound, for as
+long as it lives: if it had to wait for memory that chunks behind its own hold, neither could go on.
 """
 
 from __future__ import annotations
@@ -10,15 +14,18 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Protocol
 
 import grpc.aio
 
+from fedgrpc.aggregator.chunk_order import ENDED, ChunkOrder
 from fedgrpc.aio import BatchPipeline
-from fedgrpc.codec.chunk import Chunk
+from fedgrpc.codec.chunk import CHUNK_BYTES, Chunk
 from fedgrpc.codec.manifest import Manifest
-from fedgrpc.errors import LayoutError, LinkError, TooLargeError, WrongOffset
+from fedgrpc.errors import LayoutError, LinkError, TooLargeError
+from fedgrpc.rpc.framing import SIDE_KEY
 
 _LEAST_BYTES = 16 << 10
 # A chunk costs some 100 us, however small it is, so many tiny chunks are refused. A few are harmless.
@@ -83,6 +90,10 @@ class UploadChunks:
     def __init__(self, context: grpc.aio.ServicerContext) -> None:
         self._context = context
 
+    async def begin(self) -> None:
+        """Tell the sender of a side stream that its chunks are read."""
+        await self._context.send_initial_metadata(((SIDE_KEY, "granted"),))
+
     def __aiter__(self) -> AsyncIterator[Chunk]:
         return self
 
@@ -91,7 +102,7 @@ class UploadChunks:
         if message is grpc.aio.EOF:
             raise StopAsyncIteration
         if not isinstance(message, Chunk):
-            raise LayoutError("after the header of an update come chunks, nothing else")
+            raise LayoutError("after the first message of an update come chunks, nothing else")
         return message
 
 
@@ -109,7 +120,7 @@ class Arriving(Protocol):
 
 
 class UploadReader:
-    """Reads the chunks of one stream into `upload`. `worked_s` returns the process's CPU time, seconds."""
+    """Reads the chunks of one upload into its file. `worked_s` returns the process's CPU time, seconds."""
 
     def __init__(
         self,
@@ -123,51 +134,122 @@ class UploadReader:
         self._max_chunk_bytes = max_chunk_bytes
         self._expected_bytes = max_chunk_bytes
         self._worked_s = worked_s
-        self._next_offset = upload.size_bytes
+        self._order = ChunkOrder(upload.size_bytes)
+        self._idle_s = 0.0
+        self._limit = asyncio.timeout(None)
+        self._pipeline: BatchPipeline[Chunk] | None = None
         self._reading = False
         self._reserved = 0
         self._read_bytes = self._count = 0
         self._last_bytes = 0
+        # Offsets of the chunks of side streams that are not in the file yet: their memory is outside the budget.
+        self._outside: set[int] = set()
+
+    @property
+    def side_count(self) -> int:
+        """Number of side streams."""
+        return self._order.side_count
 
     async def run(
         self, chunks: AsyncIterator[Chunk], idle_s: float, still_wanted: Callable[[], Awaitable[None]]
     ) -> Chunk | None:
-        """Commit chunks until the stream ends; `still_wanted` is asked after each and raises when they are not.
+        """Commit chunks until the streams end; `still_wanted` is asked after each and raises when they are not.
 
         Returns the chunk that completes the payload, for the caller to commit along with what follows in a thread,
-        and then to `release`; None: the stream has ended before. Raises as `Upload.append` does, and `LinkError`
-        when nothing comes for `idle_s`.
+        and then to `release`; None: the streams have ended before, or all is committed. Raises as `Upload.append`
+        does, and `LinkError` when nothing comes for `idle_s`.
         """
-        loop = asyncio.get_running_loop()
-        pipeline: BatchPipeline[Chunk] | None = None
+        self._idle_s = idle_s
         try:
-            async with asyncio.timeout(None) as limit:
-
-                def failed() -> None:
-                    # The sender may be silent: end the wait for its next chunk, so that it learns of it now.
-                    if self._reading:
-                        limit.reschedule(loop.time())
-
-                async with BatchPipeline(self._upload.append, done=self._committed, failed=failed) as pipeline:
-                    while True:
-                        await self._reserve()
-                        limit.reschedule(loop.time() + idle_s)
-                        chunk = await self._read(chunks)
-                        if chunk is None or self._next_offset == self._upload.manifest.size_bytes:
-                            break
-                        limit.reschedule(None)
-                        await pipeline.put(chunk)
-                        # Release the chunk here: the wait for more memory can be long.
-                        del chunk
-                        await still_wanted()
-                    last = None if chunk is None else await self._end(chunks, [chunk], pipeline)
-                    limit.reschedule(None)
-                    await pipeline.drain()
-                    return last
+            async with (
+                self._limit,
+                BatchPipeline(self._append, done=self._committed, failed=self._failed) as self._pipeline,
+            ):
+                while (chunk := await self._next(chunks)) is not None:
+                    if self._order.next_offset == self._upload.manifest.size_bytes:
+                        break
+                    await self._pipeline.put(chunk)
+                    # Release the chunk here: the wait for more memory can be long.
+                    del chunk
+                    await still_wanted()
+                last = None if chunk is None else await self._end(chunks, [chunk], self._pipeline)
+                await self._pipeline.drain()
+                return last
         except TimeoutError:
-            if pipeline is not None:
-                await pipeline.drain()
-            raise LinkError(f"no byte came for {idle_s:g} s") from None
+            raise self._order.error or LinkError(f"no byte came for {idle_s:g} s") from None
+        finally:
+            self._pipeline = None
+            self._order.end_sides()
+
+    async def beside(self, chunks: UploadChunks) -> None:
+        """Commit the chunks of a side stream, until it ends.
+
+        Its own error, and its loss, end `run` too: a chunk may be missing. Raises `LinkError` once `run` has
+        ended.
+        """
+        if self._pipeline is None:
+            raise LinkError(ENDED)
+        try:
+            async with self._order.side():
+                await chunks.begin()
+                async for chunk in chunks:
+                    await self._take_beside(chunk)
+        except BaseException:
+            self._failed()
+            raise
+
+    async def _take_beside(self, chunk: Chunk) -> None:
+        """Commit a chunk of a side stream in its turn, and return once it is in the file."""
+        self._check(chunk, min(CHUNK_BYTES, self._max_chunk_bytes))
+        self._end_in(self._idle_s)
+        await self._order.await_turn(chunk)
+        if self._pipeline is None:
+            raise LinkError(ENDED)
+        self._outside.add(chunk.offset)
+        end = chunk.offset + len(chunk.data)
+        self._order.advance(len(chunk.data))
+        await self._pipeline.put(chunk)
+        # One chunk of each side stream is in memory, and no more.
+        while self._upload.size_bytes < end:
+            await self._order.moved()
+
+    async def _next(self, chunks: AsyncIterator[Chunk]) -> Chunk | None:
+        """Return the stream's next chunk in its turn, its size taken from the budget; None at the end of all."""
+        await self._reserve()
+        with self._waiting():
+            chunk = await self._read(chunks)
+            try:
+                if chunk is None:
+                    await self._order.until_alone()
+                else:
+                    await self._order.await_turn(chunk)
+                    self._order.advance(len(chunk.data))
+            except BaseException:
+                self._budget.give_back(0 if chunk is None else len(chunk.data))
+                raise
+        return chunk
+
+    @contextmanager
+    def _waiting(self) -> Iterator[None]:
+        """Context in which `run` ends when nothing comes for long, or with an error of another stream."""
+        self._reading = True
+        self._end_in(self._idle_s)
+        try:
+            yield
+        finally:
+            self._end_in(None)
+            self._reading = False
+
+    def _failed(self) -> None:
+        # The sender may be silent: end the wait for its next chunk, so that it learns of it now.
+        self._end_in(0.0)
+
+    def _end_in(self, delay_s: float | None) -> None:
+        """Let the wait for chunks end after this time; None: not at all."""
+        if self._order.error is not None and delay_s:
+            delay_s = 0.0
+        if self._reading and not self._limit.expired():
+            self._limit.reschedule(None if delay_s is None else asyncio.get_running_loop().time() + delay_s)
 
     async def _end(
         self, chunks: AsyncIterator[Chunk], last: list[Chunk], pipeline: BatchPipeline[Chunk]
@@ -183,9 +265,11 @@ class UploadReader:
 
         timer = asyncio.get_running_loop().call_later(_GRACE_S, commit)
         try:
-            if await anext(chunks, None) is not None:
-                declared = self._upload.manifest.size_bytes
-                raise TooLargeError(f"a chunk behind the {declared} bytes that were declared")
+            with self._waiting():
+                if await anext(chunks, None) is not None:
+                    declared = self._upload.manifest.size_bytes
+                    raise TooLargeError(f"a chunk behind the {declared} bytes that were declared")
+                await self._order.until_alone()
         except BaseException:
             commit()
             raise
@@ -200,7 +284,7 @@ class UploadReader:
         self._last_bytes = 0
 
     async def _reserve(self) -> None:
-        left = self._upload.manifest.size_bytes - self._next_offset
+        left = self._upload.manifest.size_bytes - self._order.next_offset
         size = min(self._expected_bytes, max(left, _LEAST_BYTES))
         await self._budget.take(size)
         self._reserved = size
@@ -224,37 +308,43 @@ class UploadReader:
     async def _read(self, chunks: AsyncIterator[Chunk]) -> Chunk | None:
         """Return the next chunk, its size taken from the budget; None at the end."""
         size, begun = 0, time.monotonic()
-        self._reading = True
         self._start_grace_timer(_MOST_GRACES)
         try:
             chunk = await anext(chunks, None)
             if chunk is None:
                 return None
-            self._check(chunk)
+            self._check(chunk, self._max_chunk_bytes)
             size = len(chunk.data)
         finally:
-            self._reading = False
             self._grace_timer.cancel()
             self._hold_only(size)
         # A slow sender will send chunks of this size again; any other may send the largest allowed.
         hesitated = time.monotonic() - begun >= _GRACE_S
         self._expected_bytes = max(size, _LEAST_BYTES) if hesitated else self._max_chunk_bytes
-        self._next_offset += size
-        self._read_bytes += size
+        if self._count == 1 and not self._order.had_sides:
+            # Where the file ends is found once it is opened, with these bytes in hand.
+            self._order.next_offset = chunk.offset
         return chunk
 
-    def _check(self, chunk: Chunk) -> None:
+    def _check(self, chunk: Chunk, max_bytes: int) -> None:
         """Check what needs no bytes; the thread that writes checks the rest."""
-        if len(chunk.data) > self._max_chunk_bytes:
-            raise TooLargeError(f"a chunk of {len(chunk.data)} bytes; allowed are {self._max_chunk_bytes}")
+        if len(chunk.data) > max_bytes:
+            raise TooLargeError(f"a chunk of {len(chunk.data)} bytes; allowed are {max_bytes}")
+        if not len(chunk.data):
+            raise LayoutError(f"the chunk at offset {chunk.offset} is empty")
         self._count += 1
         if self._count > _FEW_CHUNKS + self._read_bytes // _LEAST_MEAN_BYTES:
             raise LayoutError(f"chunks of less than {_LEAST_MEAN_BYTES} bytes on average; send larger ones")
-        if self._count == 1:
-            # Where the file ends is found once it is opened, with these bytes in hand.
-            self._next_offset = chunk.offset
-        if chunk.offset != self._next_offset:
-            raise WrongOffset(f"the chunk starts at offset {chunk.offset}, expected {self._next_offset}")
+        self._read_bytes += len(chunk.data)
+
+    def _append(self, batch: Sequence[Chunk]) -> None:
+        try:
+            self._upload.append(batch)
+        except Exception as error:
+            self._order.fail(error)
+            raise
 
     def _committed(self, batch: Sequence[Chunk]) -> None:
-        self._budget.give_back(sum(len(chunk.data) for chunk in batch))
+        self._budget.give_back(sum(len(chunk.data) for chunk in batch if chunk.offset not in self._outside))
+        self._outside -= {chunk.offset for chunk in batch}
+        self._order.stored()

@@ -328,7 +328,7 @@ SETTINGS: list[Setting] = [
     _transfer("--max-uploads", "Upload slots: most uploads at the same time."),
     _transfer(
         "--max-upload-memory",
-        "Memory for uploads on their way to the disk.",
+        "Memory for uploads on their way to the disk; side streams of far ones take up to twice as much, too.",
         name="max_upload_memory_bytes",
         type=SIZE,
     ),

@@ -69,6 +69,8 @@ class ChunkSizer:
     most: int = LARGE_CHUNK_BYTES
     chunk_bytes: int = FIRST_CHUNK_BYTES
     least: int = LEAST_CHUNK_BYTES
+    # Chunks that are judged together.
+    judged: int = _GROWTH - 1
     _noted_bytes: int = 0
     _noted_s: float = 0.0
 
@@ -79,7 +81,7 @@ class ChunkSizer:
         """Note how long a chunk took to hand over. A few are judged together: the first ones only fill buffers."""
         self._noted_bytes += size_bytes
         self._noted_s += took_s
-        if took_s <= 2 * CHUNK_S and self._noted_bytes < (_GROWTH - 1) * self.chunk_bytes:
+        if took_s <= 2 * CHUNK_S and self._noted_bytes < self.judged * self.chunk_bytes:
             return
         fits = _largest_chunk(self._noted_bytes, self._noted_s)
         self.chunk_bytes = max(min(fits, _GROWTH * self.chunk_bytes, self.most), min(self.least, self.most))

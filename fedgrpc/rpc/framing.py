@@ -40,6 +40,8 @@ _MODELS: Final = "fedgrpc.v1.Models"
 _WORKER: Final = "fedgrpc.v1.Worker"
 # Their messages are as large as a chunk or a manifest. This module bounds them.
 LARGE_CALLS: Final = frozenset({f"/{_AGGREGATOR}/PushUpdate", f"/{_AGGREGATOR}/DescribeModel"})
+# Initial metadata of a side stream whose chunks are read.
+SIDE_KEY: Final = "fedgrpc-side"
 _CHUNK_TAG: Final = 0x12
 _OFFSET_TAG: Final = 0x08
 _DATA_TAG: Final = 0x12

@@ -350,14 +350,24 @@ class ExchangePartsResponse(_message.Message):
     def __init__(self, ready: _Optional[bool] = ..., roster: _Optional[_Iterable[str]] = ..., parts: _Optional[_Union[_privacy_pb2.SecureParts, _Mapping]] = ...) -> None: ...
 
 class PushUpdateRequest(_message.Message):
-    __slots__ = ("header", "chunk", "whole")
+    __slots__ = ("header", "chunk", "beside", "whole")
     HEADER_FIELD_NUMBER: _ClassVar[int]
     CHUNK_FIELD_NUMBER: _ClassVar[int]
+    BESIDE_FIELD_NUMBER: _ClassVar[int]
     WHOLE_FIELD_NUMBER: _ClassVar[int]
     header: UpdateHeader
     chunk: _tensor_pb2.Chunk
+    beside: SideStream
     whole: _tensor_pb2.Chunk
-    def __init__(self, header: _Optional[_Union[UpdateHeader, _Mapping]] = ..., chunk: _Optional[_Union[_tensor_pb2.Chunk, _Mapping]] = ..., whole: _Optional[_Union[_tensor_pb2.Chunk, _Mapping]] = ...) -> None: ...
+    def __init__(self, header: _Optional[_Union[UpdateHeader, _Mapping]] = ..., chunk: _Optional[_Union[_tensor_pb2.Chunk, _Mapping]] = ..., beside: _Optional[_Union[SideStream, _Mapping]] = ..., whole: _Optional[_Union[_tensor_pb2.Chunk, _Mapping]] = ...) -> None: ...
+
+class SideStream(_message.Message):
+    __slots__ = ("worker", "token")
+    WORKER_FIELD_NUMBER: _ClassVar[int]
+    TOKEN_FIELD_NUMBER: _ClassVar[int]
+    worker: str
+    token: str
+    def __init__(self, worker: _Optional[str] = ..., token: _Optional[str] = ...) -> None: ...
 
 class UpdateHeader(_message.Message):
     __slots__ = ("worker", "token", "manifest", "example_count", "steps", "metrics", "evaluation_metrics", "evaluation_example_count", "timings", "peak_memory_bytes", "channels", "merged_updates", "weight", "tensor_bytes", "accumulated_steps", "unchanged", "scores_of_sub_models", "scores_not_finite", "noise_ratio", "clipped")

@@ -329,6 +329,14 @@ class AggregatorServicer:
         for whoever does; who comes earlier or later is served as it happens. Where others wait, a stream of less than
         1 KiB a second over 15 s loses its slot in this way, and so does one that has had its slot for 30 s and needs
         15 s more at its pace, the one that needs longest first. What has come stays: ask `QueryPush`.
+        Over a long round trip one stream is slow, since about 1 MiB of it is on its way at a time. So while the stream with
+        the header is in progress, side streams may carry some of the chunks of an update of more than 1 MiB. Each begins with
+        `beside`. It takes chunks of at most 1 MiB once initial metadata with the key "fedgrpc-side" has come; initial metadata
+        without it comes with a refusal. Every chunk goes over one of the streams, and offsets only grow within each. The
+        aggregator commits chunks in the order of the payload, and answers the stream with the header when all have ended.
+        RESOURCE_EXHAUSTED on a side stream: there are enough of them; go on with those that there are. UNAVAILABLE on a side
+        stream: its upload is not in progress, or has ended, or takes none. A side stream that breaks off, or brings a chunk
+        that is refused, ends the upload: what came before is kept, and the answer is that error, or UNAVAILABLE "LinkError".
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

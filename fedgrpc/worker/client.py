@@ -34,6 +34,7 @@ from fedgrpc.worker.caller import CALL_S, WAIT_MARGIN_S, Caller, one_line
 from fedgrpc.worker.held_model import HeldModel
 from fedgrpc.worker.model_pulls import ModelPulls
 from fedgrpc.worker.release_calls import ReleaseCalls
+from fedgrpc.worker.side_streams import Dial
 from fedgrpc.worker.task_stream import TaskStream
 from fedgrpc.worker.throttle import Throttle
 from fedgrpc.worker.update_pushes import UpdatePushes
@@ -95,13 +96,16 @@ class AggregatorClient:
         self._tasks: TaskStream | None = None
         self.use(channel)
 
-    def use(self, channel: grpc.aio.Channel) -> None:
-        """Make further calls over this channel. Those in progress stay on theirs."""
+    def use(self, channel: grpc.aio.Channel, dial: Dial | None = None) -> None:
+        """Make further calls over this channel. Those in progress stay on theirs.
+
+        `dial` opens another channel to the same aggregator, for large updates over long round trips.
+        """
         self._stub: Any = aggregator_pb2_grpc.AggregatorStub(channel)  # type: ignore[no-untyped-call]
         if self._tasks is not None:
             self._tasks.close()
         self._tasks = TaskStream(self._stub.PollTasks, self._own_metadata)
-        self.pushes.use(channel)
+        self.pushes.use(channel, dial)
         self.pulls.use(channel)
         self.releases.use(channel)
 
@@ -200,7 +204,7 @@ class AggregatorClient:
         request = aggregator_pb2.HeartbeatRequest(
             worker=self.caller.worker, token=token, phase=round_pb2.TaskPhase.Name(phase.value), progress=progress
         )
-        with domain_errors():
+        with domain_errors(), self.pushes.sides.timed_call():
             reply = await self._stub.Heartbeat(request, metadata=self.caller.metadata, timeout=CALL_S)
         time_left_s = duration_from_proto(reply.time_left) if reply.HasField("time_left") else None
         return HeartbeatReply(reply.cancel, reply.reason, time_left_s)

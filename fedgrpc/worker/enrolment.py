@@ -211,11 +211,15 @@ class Link:
         self._closing: set[asyncio.Task[None]] = set()
         self._renew_in_s = random.uniform(0, _FIRST_WITHIN_S)
         self._renewals = 0
-        self.channel: grpc.aio.Channel = open_channel(settings.aggregator, settings.tls)
+        self._tls = settings.tls
+        self.channel = self._dial()
+
+    def _dial(self) -> grpc.aio.Channel:
+        return open_channel(self._settings.aggregator, self._tls)
 
     def serve(self, client: AggregatorClient) -> AggregatorClient:
         """Give a client the present channel now, and every later one."""
-        client.use(self.channel)
+        client.use(self.channel, self._dial)
         self._clients.append(client)
         return client
 
@@ -234,10 +238,10 @@ class Link:
             identity = await asyncio.to_thread(self._folder.identity)
             self._check_same(identity)
             # Another authority may have signed: its server name goes with it.
-            tls = await asyncio.to_thread(joined_tls, self._folder)
-            former, self.channel = self.channel, open_channel(self._settings.aggregator, tls)
+            self._tls = await asyncio.to_thread(joined_tls, self._folder)
+            former, self.channel = self.channel, self._dial()
             for client in self._clients:
-                client.use(self.channel)
+                client.use(self.channel, self._dial)
             closing = asyncio.create_task(former.close(_CLOSING_S))
             self._closing.add(closing)
             closing.add_done_callback(self._closing.discard)

@@ -31,6 +31,7 @@ from fedgrpc.rpc.client_stream import ClientStream
 from fedgrpc.rpc.status import MAX_RETRY_AFTER_S, domain_errors
 from fedgrpc.v1 import aggregator_pb2, aggregator_pb2_grpc
 from fedgrpc.worker.caller import CALL_S, Caller, Report, cancelled_on_exit, ignore
+from fedgrpc.worker.side_streams import Dial, Sending, SideStreams
 from fedgrpc.worker.throttle import Pacer, Throttle
 
 # A hop to a thread costs about as much as to read a small chunk and write its message.
@@ -57,11 +58,13 @@ class UpdatePushes:
         # The most that the aggregator takes, told at registration.
         self.max_chunk_bytes = CHUNK_BYTES
         self._chunk_bytes = FIRST_CHUNK_BYTES
+        self.sides = SideStreams(caller, clock)
         # How long the last update of one message took, from its first byte to the acknowledgement.
         self._last_whole_s = 0.0
 
-    def use(self, channel: grpc.aio.Channel) -> None:
-        """Make further calls over this channel. Those in progress stay on theirs."""
+    def use(self, channel: grpc.aio.Channel, dial: Dial | None) -> None:
+        """Make further calls over this channel. Those in progress stay on theirs. `dial`: as in `SideStreams`."""
+        self.sides.use(dial)
         self._stub: Any = aggregator_pb2_grpc.AggregatorStub(channel)  # type: ignore[no-untyped-call]
         self._push_update = framing.push_update(channel)
         self._push_whole_update = framing.push_whole(channel)
@@ -69,7 +72,7 @@ class UpdatePushes:
     async def query_push(self, token: str) -> Pushed:
         """Return how much of the update under `token` the aggregator holds."""
         request = aggregator_pb2.QueryPushRequest(worker=self._caller.worker, token=token)
-        with domain_errors():
+        with domain_errors(), self.sides.timed_call():
             reply = await self._stub.QueryPush(request, metadata=self._caller.metadata, timeout=CALL_S)
         retry_after_s = min(duration_from_proto(reply.retry_after), MAX_RETRY_AFTER_S)
         return Pushed(reply.committed_size_bytes, reply.complete, retry_after_s)
@@ -88,23 +91,36 @@ class UpdatePushes:
         with domain_errors(), self._chunk_sizer() as sizer:
             if not offset and size_bytes <= min(FIRST_CHUNK_BYTES, sizer.chunk_bytes):
                 return await self._push_whole(header, read, pacer, report)
+            if self.sides.must_measure(size_bytes - offset):
+                await self.query_push(header.token)
+            side_count = self.sides.wanted(size_bytes - offset)
+            if side_count:
+                # More does not go over a side stream. And over a long round trip no chunk only fills buffers.
+                sizer.most, sizer.judged = min(sizer.most, CHUNK_BYTES), 1
+            pieces = _chunks(read, size_bytes, offset, sizer)
             async with (
                 self._caller.stall_guard() as moved,
                 cancelled_on_exit(self._push_update(metadata=self._caller.metadata)) as call,
+                aclosing(prefetched(lambda: _messages(pieces, size_bytes, sizer))) as messages,
             ):
+                sending = Sending(
+                    messages,
+                    size_bytes,
+                    offset,
+                    sizer,
+                    pacer,
+                    self._clock,
+                    self.sides.round_trip_s if side_count else 0.0,
+                    moved,
+                    report,
+                )
                 stream = ClientStream(call)
-                wanted = await stream.write(aggregator_pb2.PushUpdateRequest(header=header))
-                pieces = _chunks(read, size_bytes, offset, sizer)
-                async with aclosing(prefetched(lambda: _messages(pieces, size_bytes, sizer))) as messages:
-                    async for chunk, message in messages:
-                        await pacer.wait(len(chunk.data), moved)
-                        sent_s = self._clock()
-                        if not wanted or not (wanted := await stream.write(message)):
-                            break
-                        sizer.note(len(chunk.data), self._clock() - sent_s)
-                        moved(0)
-                        report((chunk.offset + len(chunk.data)) / size_bytes)
-                response = await stream.finish()
+                if await stream.write(aggregator_pb2.PushUpdateRequest(header=header)):
+                    async with self.sides.beside(header.token, side_count, sending):
+                        await sending.over(stream)
+                        response = await stream.finish()
+                else:
+                    response = await stream.finish()
         return response is not None and bool(response.complete)
 
     async def _push_whole(
@@ -155,7 +171,7 @@ def _messages(
     They are few, so that a new chunk size has effect at once.
     """
     batch: list[tuple[Chunk, bytes]] = []
-    batch_bytes, wanted_bytes = 0, min(_BATCH_BYTES, _BATCH_CHUNKS * sizer.chunk_bytes)
+    batch_bytes, wanted_bytes = 0, min(_BATCH_BYTES, min(_BATCH_CHUNKS, sizer.judged) * sizer.chunk_bytes)
     while batch_bytes < wanted_bytes and (chunk := next(pieces, None)) is not None:
         batch.append((chunk, framing.message_of(chunk)))
         batch_bytes += len(chunk.data)

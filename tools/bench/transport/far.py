@@ -1,6 +1,7 @@
-"""A link that is far: a TCP proxy that delays every byte, and lets through so many a second.
+"""A link that is far: a TCP proxy that delays every byte, and lets through so many a second over all connections.
 
-TCP itself ends on this side of it, so what is seen is the flow control of HTTP/2 and what stands on it.
+TCP itself ends on this side of it, so what is seen is the flow control of HTTP/2 and what stands on it. A
+connection takes a round trip to open.
 """
 
 from __future__ import annotations
@@ -11,14 +12,42 @@ from multiprocessing.connection import Connection
 _SLACK_BYTES = 256 << 10
 
 
-class _Half(asyncio.Protocol):
-    """One direction: what comes in leaves `to`, when it has been through the link."""
+class _Direction:
+    """One direction of the link, which all connections share."""
 
     def __init__(self, one_way_s: float, bytes_per_s: float) -> None:
-        self._one_way_s, self._bytes_per_s = one_way_s, bytes_per_s
+        self.one_way_s, self._bytes_per_s = one_way_s, bytes_per_s
         self._most_bytes = int(bytes_per_s * 2 * one_way_s) + _SLACK_BYTES
         self._flying_bytes = 0
         self._free_at = 0.0
+        self._paused: set[asyncio.Transport] = set()
+
+    def send(self, data: bytes, sender: _Half) -> None:
+        """Bring `data` to the other side of the connection, once the link has carried what came before."""
+        loop = asyncio.get_running_loop()
+        self._free_at = max(loop.time(), self._free_at) + len(data) / self._bytes_per_s
+        self._flying_bytes += len(data)
+        if self._flying_bytes > self._most_bytes:
+            sender.transport.pause_reading()
+            self._paused.add(sender.transport)
+        loop.call_at(self._free_at + self.one_way_s, self._arrive, data, sender)
+
+    def _arrive(self, data: bytes, sender: _Half) -> None:
+        self._flying_bytes -= len(data)
+        if self._flying_bytes <= self._most_bytes:
+            for transport in self._paused:
+                if not transport.is_closing():
+                    transport.resume_reading()
+            self._paused.clear()
+        if sender.to is not None:
+            sender.to.write(data)
+
+
+class _Half(asyncio.Protocol):
+    """One side of a connection: what comes in leaves `to`, when it has been through the link."""
+
+    def __init__(self, direction: _Direction) -> None:
+        self.direction = direction
         self.to: asyncio.Transport | None = None
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -26,19 +55,7 @@ class _Half(asyncio.Protocol):
         self.transport = transport
 
     def data_received(self, data: bytes) -> None:
-        loop = asyncio.get_running_loop()
-        self._free_at = max(loop.time(), self._free_at) + len(data) / self._bytes_per_s
-        self._flying_bytes += len(data)
-        if self._flying_bytes > self._most_bytes:
-            self.transport.pause_reading()
-        loop.call_at(self._free_at + self._one_way_s, self._arrive, data)
-
-    def _arrive(self, data: bytes) -> None:
-        self._flying_bytes -= len(data)
-        if self._flying_bytes <= self._most_bytes and not self.transport.is_closing():
-            self.transport.resume_reading()
-        if self.to is not None:
-            self.to.write(data)
+        self.direction.send(data, self)
 
     def connection_lost(self, error: Exception | None) -> None:
         if self.to is not None:
@@ -53,6 +70,7 @@ def serve(pipe: Connection, port: int, round_trip_s: float, bits_per_s: float) -
 async def _serve(pipe: Connection, port: int, one_way_s: float, bytes_per_s: float) -> None:
     loop = asyncio.get_running_loop()
     dialling: set[asyncio.Task[None]] = set()
+    there, back_again = _Direction(one_way_s, bytes_per_s), _Direction(one_way_s, bytes_per_s)
 
     class Front(_Half):
         def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -63,11 +81,12 @@ async def _serve(pipe: Connection, port: int, one_way_s: float, bytes_per_s: flo
             task.add_done_callback(dialling.discard)
 
         async def _dial(self) -> None:
-            back = _Half(one_way_s, bytes_per_s)
+            await asyncio.sleep(2 * one_way_s)
+            back = _Half(back_again)
             self.to, _ = await loop.create_connection(lambda: back, "127.0.0.1", port)
             back.to = self.transport
             self.transport.resume_reading()
 
-    server = await loop.create_server(lambda: Front(one_way_s, bytes_per_s), "127.0.0.1", 0)
+    server = await loop.create_server(lambda: Front(there), "127.0.0.1", 0)
     pipe.send(server.sockets[0].getsockname()[1])
     await server.serve_forever()
