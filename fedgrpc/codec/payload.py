@@ -88,11 +88,13 @@ def encode_tensor(
     # Only parameters must be finite: a mask may hold infinities.
     if isinstance(encoding, Raw) and spec.role is not TensorRole.PARAMETER:
         return encoding, encoding.encode_any(array)
-    with naming(spec):
+    try:
         data = encoding.encode(array, rng)
         if not encoding.lossless and memoryview(data).nbytes >= spec.nbytes:
             encoding = Raw()
             data = encoding.encode(array, rng)
+    except EncodeError as error:
+        raise EncodeError(f"{spec.name}: {error}") from None
     return encoding, data
 
 

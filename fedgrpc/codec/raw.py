@@ -27,11 +27,13 @@ class Raw(TextForm):
         """See `Encoding.encode`."""
         values = flat(array)
         refuse_non_finite(values)
-        return self.encode_any(values)
+        return self._bytes_of(values)
 
     def encode_any(self, array: Array) -> memoryview:
         """Encode values that may be infinite or NaN, as the entries of a mask are."""
-        values = flat(array)
+        return self._bytes_of(flat(array))
+
+    def _bytes_of(self, values: Array) -> memoryview:
         if values.dtype == np.bool_:
             values = as_bool(values)
         return shuffle(values).data if self.shuffle else values.view(np.uint8).data.toreadonly()

@@ -18,7 +18,15 @@ from fedgrpc.protocol.durations import duration_from_proto, duration_to_proto
 from fedgrpc.rounds.policy import RoundPolicy
 from fedgrpc.runs.task_context import LocalTask
 from fedgrpc.submodels.channels import SubModel
-from fedgrpc.submodels.plan import Arithmetic, Clustering, LocalModelPlan, Memory, Pruning, Quantization
+from fedgrpc.submodels.plan import (
+    WHOLE_MODEL,
+    Arithmetic,
+    Clustering,
+    LocalModelPlan,
+    Memory,
+    Pruning,
+    Quantization,
+)
 from fedgrpc.submodels.plan_table import PlanTable
 from fedgrpc.training_plan import TrainingPlan
 from fedgrpc.v1 import round_pb2
@@ -147,6 +155,8 @@ def parse_sub_model(text: str) -> SubModel:
 
 def local_model_from_proto(message: round_pb2.LocalModel) -> tuple[LocalModelPlan, SubModel]:
     """Return the plan, without the sub-model's width and rule, and the sub-model."""
+    if not message.ByteSize():
+        return WHOLE_MODEL, parse_sub_model(message.sub_model)
     try:
         plan = LocalModelPlan(
             personal_layers=tuple(message.personal_layers),

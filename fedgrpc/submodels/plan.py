@@ -213,6 +213,8 @@ class LocalModelPlan:
 
     def with_sub_model(self, sub_model: SubModel) -> LocalModelPlan:
         """Return this plan for that sub-model, whatever its round."""
+        if sub_model == self.sub_model(sub_model.round):
+            return self
         return dataclasses.replace(
             self, width=sub_model.width, rule=sub_model.rule, depth=sub_model.depth, rank=sub_model.rank
         )

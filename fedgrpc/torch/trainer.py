@@ -301,13 +301,19 @@ def _model_of(task: LearningTask) -> nn.Module:
 def _seeded(device: torch.device, *seed: int) -> Iterator[None]:
     """Seed torch's random numbers within the block, and restore their state after it."""
     number = int(np.random.SeedSequence(seed).generate_state(1)[0])
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        if device.type == "cpu":
-            # `torch.manual_seed` also notes a stack trace for each accelerator that is not there: milliseconds.
-            torch.default_generator.manual_seed(number)
-        else:
+    if device.type != "cpu":
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             torch.manual_seed(number)
+            yield
+        return
+    # `torch.manual_seed` also notes a stack trace for each accelerator that is not there: milliseconds.
+    generator = torch.default_generator
+    before = generator.get_state()
+    generator.manual_seed(number)
+    try:
         yield
+    finally:
+        generator.set_state(before)
 
 
 @contextmanager

@@ -58,10 +58,11 @@ class Delta(InParts):
         layout = told_layout(given, known)
         self._trained = {spec.name: _like(trained[spec.name], spec) for spec in layout}
         others = [spec for spec in layout if spec.role is not TensorRole.PARAMETER]
-        unchanged = {spec for spec in others if left_out(spec, self._trained[spec.name], given[spec.name])}
-        constants = {spec for spec in layout if spec.role is TensorRole.CONSTANT}
-        self.layout = tuple(spec for spec in layout if spec not in unchanged | constants)
-        self.changed_constants = sorted(spec.name for spec in constants - unchanged)
+        unchanged = {spec.name for spec in others if left_out(spec, self._trained[spec.name], given[spec.name])}
+        constants = {spec.name for spec in others if spec.role is TensorRole.CONSTANT}
+        kept_back = unchanged | constants
+        self.layout = tuple(spec for spec in layout if spec.name not in kept_back)
+        self.changed_constants = sorted(constants - unchanged)
         self._specs = {spec.name: spec for spec in self.layout}
         self._whole = given if whole is None else whole
 

@@ -53,6 +53,11 @@ class ClientFiles:
         self._folder = folder
 
     @property
+    def exist(self) -> bool:
+        """True if the device has kept anything."""
+        return self._folder.exists()
+
+    @property
     def payload(self) -> Path:
         """Payload of the update in progress."""
         return self._folder / "payload"
@@ -93,7 +98,7 @@ class ClientFiles:
     def begin(self) -> None:
         """Drop what an update left that was not accepted."""
         # Most devices of most experiments keep nothing: then there is no folder, and one look tells.
-        if self._folder.exists():
+        if self.exist:
             for path in (self.payload, self.next_residual, self.next_personal, self.next_kept):
                 path.unlink(missing_ok=True)
 
@@ -108,7 +113,7 @@ class ClientFiles:
 
     def settle(self, accepted: bool) -> None:
         """End a task: personal layers are those trained last, all else counts with its update alone."""
-        if not self._folder.exists():
+        if not self.exist:
             return
         if self.next_personal.exists():
             self.next_personal.replace(self.personal)
@@ -124,11 +129,13 @@ class HeldModels:
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
+        # Those that are known to be there.
+        self._paths: dict[HeldKey, Path] = {}
         folder.mkdir(parents=True, exist_ok=True)
 
     def path(self, key: HeldKey) -> Path:
         """Return the folder of a model."""
-        return self._folder / key.folder
+        return self._paths.get(key) or self._folder / key.folder
 
     def receive(self, encoded: EncodedModel, source: Source, base: HeldKey | None) -> HeldKey:
         """Decode a payload, perhaps a difference to `base`, unless that was done. Raises as a worker does."""
@@ -136,7 +143,7 @@ class HeldModels:
             assert base is not None, "a worker that holds nothing is sent something"
             return base
         key = HeldKey(source.version, encoded.manifest.digest.hex(), source.sub_model)
-        if not (final := self.path(key)).exists():
+        if key not in self._paths and not (final := self.path(key)).exists():
             scratch = self._folder / "receiving"
             with storage_errors(self._folder):
                 shutil.rmtree(scratch, ignore_errors=True)
@@ -147,11 +154,14 @@ class HeldModels:
                 held = _received(ModelFolder(scratch), encoded, source)
                 held.folder.rename(final)
                 shutil.rmtree(scratch)
+        self._paths.setdefault(key, self.path(key))
         return key
 
     def keep_only(self, wanted: Iterable[HeldKey]) -> None:
         """Remove all others."""
+        wanted = set(wanted)
         names = {key.folder for key in wanted}
+        self._paths = {key: path for key, path in self._paths.items() if key in wanted}
         for path in self._folder.iterdir():
             if path.name not in names:
                 shutil.rmtree(path, ignore_errors=True)

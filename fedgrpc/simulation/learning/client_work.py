@@ -15,8 +15,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 
+from fedgrpc.codec.feedback import Residual
 from fedgrpc.codec.layout import Array, Layout
 from fedgrpc.codec.payload import LazyTensors, PayloadReader, buffer_reader
+from fedgrpc.codec.recipe import Recipe
 from fedgrpc.errors import FedgrpcError, TaskError, UsageError
 from fedgrpc.protocol.descriptions import ModelDescription
 from fedgrpc.protocol.tasks import Task
@@ -202,23 +204,22 @@ class ClientWorker:
 
     def _perform(self, work: ClientWork) -> tuple[aggregator_pb2.UpdateHeader, bytes | None, int]:
         task = work.task
-        plan = replace(task.plan, upload_reserve_s=None)
-        if work.most_steps is not None:
-            plan = replace(plan, max_steps=work.most_steps)
-        task = replace(task, plan=plan, deadline_s=None)
+        steps = task.plan.max_steps if work.most_steps is None else work.most_steps
+        task = replace(task, plan=replace(task.plan, upload_reserve_s=None, max_steps=steps), deadline_s=None)
         trainer, files = self._trainer(work.client), ClientFiles(work.folder)
+        personal = files.personal
         held = None if work.held is None else self._held(work.held)
 
         def given(on_access: bool) -> Weights:
             if held is None:
                 return {}
-            return load_personal_layers(held.given(on_access), files.personal, work.run_id, task.is_personal)
+            return load_personal_layers(held.given(on_access), personal, work.run_id, task.is_personal)
 
         with fitting(task):
             kept = files.kept(work.run_id).tensors if algorithm_for(task).keeps else {}
             outcome = _local_work(trainer, task, given, kept)
         layout = () if held is None else held.layout
-        if work.left_s is not None:
+        if work.left_s is not None and Recipe.parse(task.upload_recipe or "raw").budget:
             # A budget of bytes by the link asks how much time is left, by the clock of this process.
             task = replace(task, deadline_s=time.monotonic() + work.left_s)
         header, payload = self._write(work, task, outcome, given, layout, files)
@@ -242,7 +243,8 @@ class ClientWorker:
         files: ClientFiles,
     ) -> tuple[aggregator_pb2.UpdateHeader, bytes | None]:
         pulled = {} if outcome.weights is None else given(True)
-        residual = files.residual(work.run_id)
+        kept_some = files.exist
+        residual = files.residual(work.run_id) if kept_some else Residual()
         began = Began(0.0, time.monotonic())
         fill = update_of(task, work.name, pulled, outcome, residual, began, layout, peak_bytes=int)
         left = ResidualWriter(files.next_residual, work.run_id)
@@ -256,7 +258,7 @@ class ClientWorker:
             with io.BytesIO() if layout and is_small(layout) else files.open_payload() as payload:
                 header, kept = fill(payload, keep)
                 written = payload.getvalue() if isinstance(payload, io.BytesIO) else None
-            if kept is not None and (left.begun or files.has_residual):
+            if kept is not None and (left.begun or (kept_some and files.has_residual)):
                 left.finish(kept)
         finally:
             left.close()

@@ -63,7 +63,7 @@ class Evaluator:
             name=EVALUATOR,
             task=task,
             run_id=task.run_id,
-            folder=world.folder / "clients" / EVALUATOR,
+            folder=world.clients / EVALUATOR,
             held=world.models.path(held),
         )
         pending = world.engine.begin(work)

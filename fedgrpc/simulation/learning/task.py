@@ -158,7 +158,7 @@ class DeviceTask:
             name=self._name,
             task=self._task,
             run_id=self._task.run_id,
-            folder=world.folder / "clients" / self._name,
+            folder=world.clients / self._name,
             held=None if held is None else world.models.path(held),
             most_steps=effort.most_steps,
             left_s=None if left_s is None else left_s - effort.seconds,

@@ -57,10 +57,12 @@ class World:
     accepted: dict[str, str] = field(default_factory=dict)
     at_work: dict[str, asyncio.Timeout] = field(default_factory=dict)
     tally: Tally = field(default_factory=Tally)
+    clients: Path = field(init=False)
     _works: dict[LocalModelPlan, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.examples, self.held_out = list(self.facts.examples), list(self.facts.held_out)
+        self.clients = self.folder / "clients"
 
     def state(self) -> dict[str, Any]:
         """Return where everybody stands between two rounds, as JSON has it."""
@@ -82,7 +84,7 @@ class World:
 
     def files(self, name: str) -> ClientFiles:
         """Return the files of a device."""
-        return ClientFiles(self.folder / "clients" / name)
+        return ClientFiles(self.clients / name)
 
     async def until(self, time_s: float) -> None:
         """Let the time pass until then, virtual seconds."""
