@@ -116,6 +116,7 @@ class HostService(aggregator_pb2_grpc.AggregatorServicer):
             response.learning_task, response.model = settings.learning_task, settings.model
             response.options.update(settings.task_options)
             response.describe_model, response.tell_channels = True, run.service.calls.asks_channels
+            response.without_metrics = not settings.privacy.metrics
         return response
 
     async def DescribeModel(self, request: pb.DescribeModelRequest, context: Context) -> pb.DescribeModelResponse:

@@ -166,4 +166,5 @@ class HostedRun:
             model=self.settings.model,
             options=dict(self.settings.task_options),
             tell_channels=self.service.calls.asks_channels,
+            without_metrics=not self.settings.privacy.metrics,
         )

@@ -11,13 +11,14 @@ import hashlib
 import math
 import time
 from collections.abc import Callable, Coroutine, Mapping
+from dataclasses import replace
 from typing import Any, Final, TypeVar
 
 import structlog
 
 from fedgrpc.aggregator.coordinator import Coordinator
 from fedgrpc.aio import to_its_end
-from fedgrpc.errors import Exhausted, FedgrpcError, IllegalTransition, NotFound, StorageError
+from fedgrpc.errors import Exhausted, FedgrpcError, IllegalTransition, NotFound, StorageError, UsageError
 from fedgrpc.rpc.retry import Backoff, Retries
 from fedgrpc.runs.conditions import Condition
 from fedgrpc.runs.keeping import MAX_TAGS, checked_tag, resolve
@@ -86,6 +87,11 @@ class RunModels:
         """Id of the run."""
         return self.coordinator.machine.id
 
+    @property
+    def _scores(self) -> bool:
+        """True if devices may tell how good a version is on their data."""
+        return self.coordinator.settings.privacy.metrics
+
     def is_called(self, name: str) -> bool:
         """Return whether the run has this name or id."""
         return name in (self.name, self.id)
@@ -143,6 +149,8 @@ class RunModels:
         started_by: str,
     ) -> Release:
         """Begin a release. Raises `NotFound`, `UsageError`, `IllegalTransition` and `StorageError`."""
+        if conditions and not self._scores:
+            raise UsageError("a release of this run has no conditions: its devices report no scores (no metrics)")
 
         async def change() -> Release:
             if self.releases.active is not None:
@@ -219,7 +227,8 @@ class RunModels:
 
     def wanted(self, device: str) -> Wanted | None:
         """Return what a device is to serve; None: the version that it trains on."""
-        return self.releases.wanted(device)
+        found = self.releases.wanted(device)
+        return None if found is None else replace(found, without_scores=not self._scores)
 
     async def keep_time(self) -> None:
         """Let releases go on when their time has come, for as long as the aggregator serves."""

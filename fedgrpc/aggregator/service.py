@@ -101,6 +101,7 @@ class AggregatorService(aggregator_pb2_grpc.AggregatorServicer):
             model=self._settings.model,
             describe_model=True,
             tell_channels=self.calls.asks_channels,
+            without_metrics=not self._settings.privacy.metrics,
         )
 
     def _check_caller(self, context: grpc.aio.ServicerContext, worker: str) -> None:

@@ -293,8 +293,9 @@ class AggregatorSettings:
             "target_epsilon needs rounds: noise is computed for all of them": (
                 privacy.target_epsilon is not None and self.rounds is None
             ),
-            "no metrics go with no evaluate, and without target_metric and patience": not privacy.metrics
-            and (self.evaluate or self.target is not None or self.patience is not None),
+            "no metrics go with no evaluate, and without target_metric, patience and min_new_examples": (
+                not privacy.metrics and self._goes_by_reports
+            ),
             "poisson_rate goes with privacy = 'gaussian' and min_separation = 1": policy.poisson_rate is not None
             and (privacy.mechanism != "gaussian" or privacy.min_separation != 1),
         }
@@ -305,6 +306,12 @@ class AggregatorSettings:
             raise UsageError(
                 f"algorithm {self.plan.algorithm} goes without privacy: its mean is not of differences alone"
             )
+
+    @property
+    def _goes_by_reports(self) -> bool:
+        """True if a setting needs what devices report of their data beside updates."""
+        goals = self.target is not None or self.patience is not None
+        return self.evaluate or goals or bool(self.policy.min_new_examples)
 
     def _check_secure(self) -> None:
         """Refuse each setting that looks at single updates, or by which they differ in more than their values."""
@@ -336,8 +343,9 @@ class AggregatorSettings:
             "with max_examples needs secure_weight_bits, and the other way round": (
                 (self.max_examples is None) != (self.secure.secure_weight_bits == 0)
             ),
-            "with no metrics goes with no evaluate, and without target_metric and patience": not privacy.metrics
-            and (self.evaluate or self.target is not None or self.patience is not None),
+            "with no metrics goes with no evaluate, and without target_metric, patience and min_new_examples": (
+                not privacy.metrics and self._goes_by_reports
+            ),
         }
         for message, holds in refused.items():
             if holds:

@@ -286,7 +286,10 @@ SETTINGS: list[Setting] = [
         "--poisson-rate",
         "Ask each idle device with this chance (with --quorum 0); noise counts for more where nobody knows whom.",
     ),
-    _privacy("--metrics/--no-metrics", "Devices report no losses, scores and counts of examples."),
+    _privacy(
+        "--metrics/--no-metrics",
+        "Devices report no losses, scores and counts of examples, and of a failure its kind alone.",
+    ),
     _secure(
         "--secure-aggregation",
         "See only the sum of a round's updates: devices mask them, with values of this many bits, as in 8 "

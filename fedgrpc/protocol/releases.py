@@ -73,7 +73,13 @@ def _report(message: pb.DeviceReport) -> DeviceReport:
 
 def wanted_to_proto(wanted: Wanted, run: str, run_id: str) -> pb.ServedVersion:
     """Return what a device is to serve of a run."""
-    message = pb.ServedVersion(run=run, run_id=run_id, version=wanted.version, release=wanted.release)
+    message = pb.ServedVersion(
+        run=run,
+        run_id=run_id,
+        version=wanted.version,
+        release=wanted.release,
+        without_scores=wanted.without_scores,
+    )
     if wanted.score_interval_s is not None:
         message.score_interval.CopyFrom(duration_to_proto(wanted.score_interval_s))
     return message

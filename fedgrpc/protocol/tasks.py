@@ -42,7 +42,7 @@ class Registration:
     """The aggregator's answer to `Register`, or what holds for another of its runs. Seconds and bytes.
 
     `own`: it is the run that the aggregator was started with. `run_id` "": there is none, and the aggregator tells
-    of each run when it has work of it.
+    of each run when it has work of it. `without_metrics`: the device tells nothing of its data but updates.
     """
 
     run: str
@@ -58,6 +58,7 @@ class Registration:
     tell_channels: bool = False
     options: Mapping[str, str] = field(default_factory=dict)
     own: bool = True
+    without_metrics: bool = False
 
 
 @dataclass(frozen=True)
@@ -120,6 +121,7 @@ def registration_from_proto(message: aggregator_pb2.RegisterResponse) -> Registr
         describe_model=message.describe_model,
         tell_channels=message.tell_channels,
         options=dict(message.options),
+        without_metrics=message.without_metrics,
     )
 
 
@@ -135,6 +137,7 @@ def registration_of(known: Registration, terms: aggregator_pb2.RunTerms) -> Regi
         tell_channels=terms.tell_channels,
         options=dict(terms.options),
         own=False,
+        without_metrics=terms.without_metrics,
     )
 
 

@@ -222,12 +222,13 @@ _HANDLERS: Mapping[type, Callable[..., Release]] = {
 class Wanted:
     """Version that a device is to serve to its applications, and the release that says so.
 
-    `score_interval_s`: score it that often, and report; None: do not.
+    `score_interval_s`: score it that often, and report; None: do not. `without_scores`: report without scoring.
     """
 
     version: int
     release: int
     score_interval_s: float | None = None
+    without_scores: bool = False
 
 
 @dataclass(frozen=True)

@@ -72,7 +72,7 @@ class RegisterRequest(_message.Message):
     def __init__(self, worker: _Optional[str] = ..., role: _Optional[_Union[_device_pb2.WorkerRole, str]] = ..., device: _Optional[_Union[_device_pb2.DeviceProfile, _Mapping]] = ..., encodings: _Optional[_Iterable[str]] = ..., compressions: _Optional[_Iterable[_Union[_tensor_pb2.Compression, str]]] = ..., local_model_parts: _Optional[_Iterable[str]] = ..., many_runs: _Optional[bool] = ...) -> None: ...
 
 class RegisterResponse(_message.Message):
-    __slots__ = ("run", "poll_wait", "heartbeat_interval", "lease", "max_chunk_bytes", "max_payload_bytes", "learning_task", "model", "run_id", "describe_model", "tell_channels", "options")
+    __slots__ = ("run", "poll_wait", "heartbeat_interval", "lease", "max_chunk_bytes", "max_payload_bytes", "learning_task", "model", "run_id", "describe_model", "tell_channels", "options", "without_metrics")
     class OptionsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -92,6 +92,7 @@ class RegisterResponse(_message.Message):
     DESCRIBE_MODEL_FIELD_NUMBER: _ClassVar[int]
     TELL_CHANNELS_FIELD_NUMBER: _ClassVar[int]
     OPTIONS_FIELD_NUMBER: _ClassVar[int]
+    WITHOUT_METRICS_FIELD_NUMBER: _ClassVar[int]
     run: str
     poll_wait: _duration_pb2.Duration
     heartbeat_interval: _duration_pb2.Duration
@@ -104,10 +105,11 @@ class RegisterResponse(_message.Message):
     describe_model: bool
     tell_channels: bool
     options: _containers.ScalarMap[str, str]
-    def __init__(self, run: _Optional[str] = ..., poll_wait: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., heartbeat_interval: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., lease: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., max_chunk_bytes: _Optional[int] = ..., max_payload_bytes: _Optional[int] = ..., learning_task: _Optional[str] = ..., model: _Optional[str] = ..., run_id: _Optional[str] = ..., describe_model: _Optional[bool] = ..., tell_channels: _Optional[bool] = ..., options: _Optional[_Mapping[str, str]] = ...) -> None: ...
+    without_metrics: bool
+    def __init__(self, run: _Optional[str] = ..., poll_wait: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., heartbeat_interval: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., lease: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., max_chunk_bytes: _Optional[int] = ..., max_payload_bytes: _Optional[int] = ..., learning_task: _Optional[str] = ..., model: _Optional[str] = ..., run_id: _Optional[str] = ..., describe_model: _Optional[bool] = ..., tell_channels: _Optional[bool] = ..., options: _Optional[_Mapping[str, str]] = ..., without_metrics: _Optional[bool] = ...) -> None: ...
 
 class RunTerms(_message.Message):
-    __slots__ = ("run", "run_id", "learning_task", "model", "options", "tell_channels")
+    __slots__ = ("run", "run_id", "learning_task", "model", "options", "tell_channels", "without_metrics")
     class OptionsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -121,13 +123,15 @@ class RunTerms(_message.Message):
     MODEL_FIELD_NUMBER: _ClassVar[int]
     OPTIONS_FIELD_NUMBER: _ClassVar[int]
     TELL_CHANNELS_FIELD_NUMBER: _ClassVar[int]
+    WITHOUT_METRICS_FIELD_NUMBER: _ClassVar[int]
     run: str
     run_id: str
     learning_task: str
     model: str
     options: _containers.ScalarMap[str, str]
     tell_channels: bool
-    def __init__(self, run: _Optional[str] = ..., run_id: _Optional[str] = ..., learning_task: _Optional[str] = ..., model: _Optional[str] = ..., options: _Optional[_Mapping[str, str]] = ..., tell_channels: _Optional[bool] = ...) -> None: ...
+    without_metrics: bool
+    def __init__(self, run: _Optional[str] = ..., run_id: _Optional[str] = ..., learning_task: _Optional[str] = ..., model: _Optional[str] = ..., options: _Optional[_Mapping[str, str]] = ..., tell_channels: _Optional[bool] = ..., without_metrics: _Optional[bool] = ...) -> None: ...
 
 class DescribeModelRequest(_message.Message):
     __slots__ = ("worker", "model_bytes", "process_bytes", "activation_bytes", "channels", "run_id", "refusal", "killed")

@@ -237,18 +237,20 @@ class ListReleasesResponse(_message.Message):
     def __init__(self, releases: _Optional[_Iterable[_Union[Release, _Mapping]]] = ...) -> None: ...
 
 class ServedVersion(_message.Message):
-    __slots__ = ("run_id", "version", "release", "score_interval", "run")
+    __slots__ = ("run_id", "version", "release", "score_interval", "run", "without_scores")
     RUN_ID_FIELD_NUMBER: _ClassVar[int]
     VERSION_FIELD_NUMBER: _ClassVar[int]
     RELEASE_FIELD_NUMBER: _ClassVar[int]
     SCORE_INTERVAL_FIELD_NUMBER: _ClassVar[int]
     RUN_FIELD_NUMBER: _ClassVar[int]
+    WITHOUT_SCORES_FIELD_NUMBER: _ClassVar[int]
     run_id: str
     version: int
     release: int
     score_interval: _duration_pb2.Duration
     run: str
-    def __init__(self, run_id: _Optional[str] = ..., version: _Optional[int] = ..., release: _Optional[int] = ..., score_interval: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., run: _Optional[str] = ...) -> None: ...
+    without_scores: bool
+    def __init__(self, run_id: _Optional[str] = ..., version: _Optional[int] = ..., release: _Optional[int] = ..., score_interval: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., run: _Optional[str] = ..., without_scores: _Optional[bool] = ...) -> None: ...
 
 class FollowReleasesRequest(_message.Message):
     __slots__ = ("worker", "served", "wait")

@@ -142,7 +142,8 @@ class ModelsServicer:
 
     def StartRelease(self, request, context):
         """Begins the release of a version; answers once that is durable.
-        NOT_FOUND: no such version. INVALID_ARGUMENT: no such canary, no device that trains, a condition that is none.
+        NOT_FOUND: no such version. INVALID_ARGUMENT: no such canary, no device that trains, a condition that is none, or one
+        of a run whose devices report no scores.
         FAILED_PRECONDITION: a release is in progress.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)

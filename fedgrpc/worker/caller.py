@@ -12,7 +12,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any, Final
 
-from fedgrpc.errors import LinkError
+from fedgrpc.errors import FedgrpcError, LinkError
 from fedgrpc.worker.task_stream import Metadata
 
 CALL_S: Final = 20.0
@@ -60,6 +60,11 @@ async def cancelled_on_exit(call: Any) -> AsyncIterator[Any]:
 def one_line(reason: str) -> str:
     """Return a reason as one line for an operator, not too long for a message."""
     return " ".join(reason.split())[:_MAX_REASON_CHARS]
+
+
+def told_reason(error: FedgrpcError, without_metrics: bool) -> str:
+    """Return what the aggregator is told of a failure: its kind alone where the text may tell of data."""
+    return f"{type(error).__name__}: see the log of the device" if without_metrics else str(error)
 
 
 def ignore(progress: float) -> None:

@@ -42,6 +42,7 @@ from fedgrpc.rpc.diagnosis import explain
 from fedgrpc.rpc.retry import Backoff, Retries
 from fedgrpc.trainer import Cancelled
 from fedgrpc.v1 import aggregator_pb2, device_pb2, privacy_pb2
+from fedgrpc.worker.caller import told_reason
 from fedgrpc.worker.client import AggregatorClient, HeldOfRun, Polled
 from fedgrpc.worker.conditions import OwnersConditions
 from fedgrpc.worker.delivery import Delivery
@@ -381,11 +382,12 @@ class Loop:
             await self._say_goodbye(task)
             raise
         except TaskUnfit as error:
+            told = told_reason(error, not task.metrics)
             if self._runs is not None and not run.own:
-                await self._give_back(task, str(error))
-                await self._runs.refuse(run, str(error))
+                await self._give_back(task, str(error), told)
+                await self._runs.refuse(run, error)
                 return
-            await self._say_goodbye(task, str(error))
+            await self._say_goodbye(task, told)
             raise
         except FedgrpcError as error:
             # A lost link keeps the task: the next session resumes it. A full disk here does not heal by connecting
@@ -393,7 +395,7 @@ class Loop:
             if error.retryable and not isinstance(error, StorageError):
                 raise
             task_log.warning("task failed", reason=str(error))
-            await self._give_back(task, str(error))
+            await self._give_back(task, str(error), told_reason(error, not task.metrics))
             self._check_folder(error)
         else:
             await self._deliver(run, update, new=True)
@@ -443,11 +445,14 @@ class Loop:
             if self._publisher.status.activity is status.activity:
                 await self._publisher.next_activity(self._heartbeat_interval_s)
 
-    async def _give_back(self, task: Task, reason: str) -> None:
-        """Report a failure, then wait a little, so that a task that fails at once does not spin."""
+    async def _give_back(self, task: Task, reason: str, told: str = "") -> None:
+        """Report a failure, then wait a little, so that a task that fails at once does not spin.
+
+        `told` is what the aggregator hears of it, where that is not the reason.
+        """
         self._publisher.show(last_error=reason)
         try:
-            await self._client.report_failure(task.token, reason)
+            await self._client.report_failure(task.token, told or reason)
         except FedgrpcError as error:
             if error.retryable:
                 raise

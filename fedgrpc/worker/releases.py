@@ -144,7 +144,7 @@ class ReleaseFollower:
 
     async def _report_scores(self, wanted: ServedVersion, model: HeldModel) -> HeldModel:
         try:
-            scores = await self._score(wanted.run_id, model)
+            scores = {} if wanted.without_scores else await self._score(wanted.run_id, model)
         except FedgrpcError as error:
             await self._report_failure(wanted, str(error))
         else:

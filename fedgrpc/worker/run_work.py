@@ -26,6 +26,7 @@ from fedgrpc.protocol.tasks import Registration, registration_of
 from fedgrpc.storage.files import make_private, remove_folder, storage_errors
 from fedgrpc.trainer import Trainer
 from fedgrpc.v1 import aggregator_pb2
+from fedgrpc.worker.caller import told_reason
 from fedgrpc.worker.client import AggregatorClient
 from fedgrpc.worker.local_work import LocalWork, TaskFiles
 from fedgrpc.worker.secure_memory import SecureMemory
@@ -150,7 +151,7 @@ class WorkerRuns:
         except FedgrpcError as error:
             if error.retryable:
                 raise
-            await self.refuse(run, str(error))
+            await self.refuse(run, error)
             return str(error)
         self._built.append(run.run_id)
         return ""
@@ -160,9 +161,10 @@ class WorkerRuns:
         description = await run.work.description(run.registration)
         await self._client.describe(description or ModelDescription(), run.run_id)
 
-    async def refuse(self, run: RunWork, reason: str) -> None:
+    async def refuse(self, run: RunWork, error: FedgrpcError) -> None:
         """Tell the aggregator that this device takes no tasks of a run."""
-        log.warning("run refused", run=run.registration.run, reason=reason)
+        log.warning("run refused", run=run.registration.run, reason=str(error))
+        reason = told_reason(error, run.registration.without_metrics)
         await self._client.describe(ModelDescription(), run.run_id, reason)
 
 

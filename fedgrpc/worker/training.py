@@ -153,7 +153,8 @@ class TrainerWork:
     async def polling(self, registration: Registration) -> AsyncIterator[int | None]:
         """See `LocalWork.polling`: a worker can always take a task."""
         # A learning task that is not in memory is not built to count its examples.
-        examples = None if self._trainer is None else await asyncio.to_thread(self._examples)
+        silent = registration.without_metrics or self._trainer is None
+        examples = None if silent else await asyncio.to_thread(self._examples)
         run_id, trained = self._trained
         known = trained if run_id == registration.run_id else None
         yield None if examples is None else examples.new_since(known)

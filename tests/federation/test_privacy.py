@@ -185,13 +185,6 @@ async def test_a_poisson_sample_of_all_takes_all(tmp_path):
     assert [len(record.tasks) for record in rounds] == [2, 2]
 
 
-async def test_without_metrics_a_device_tells_of_nothing_but_its_times(tmp_path):
-    policy = PrivacyPolicy("gaussian", noise_multiplier=1.0, cohort=4, metrics=False)
-    _, rounds, _ = await run_of(tmp_path, privacy=policy)
-    for task in rounds[0].tasks:
-        assert (task.example_count, dict(task.metrics), dict(task.evaluation_metrics)) == (1, {}, {})
-
-
 async def test_operators_see_the_ledger(tmp_path):
     save_file(MODEL, tmp_path / "initial.safetensors")
     async with running_aggregator(tmp_path, **PRIVATE, rounds=3) as running:
@@ -274,6 +267,14 @@ async def test_a_model_with_statistics_is_refused_by_name(tmp_path):
         ({"plan": TrainingPlan(algorithm="qfedavg:q=1")}, "qfedavg"),
         ({"privacy": PrivacyPolicy("gaussian", target_epsilon=1.0, cohort=4), "rounds": None}, "rounds"),
         ({"privacy": PrivacyPolicy("gaussian", noise_multiplier=1.0, cohort=4, metrics=False)}, "evaluate"),
+        (
+            {
+                "privacy": PrivacyPolicy("gaussian", noise_multiplier=1.0, cohort=4, metrics=False),
+                "evaluate": False,
+                "policy": RoundPolicy(min_new_examples=3),
+            },
+            "min_new_examples",
+        ),
         (
             {
                 "privacy": PrivacyPolicy("dp-ftrl", noise_multiplier=1.0, cohort=4),
