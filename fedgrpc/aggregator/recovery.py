@@ -95,10 +95,11 @@ class Recovery:
         if open_round is not None and open_round.record.kind == TASK_KIND_INITIALIZE and run.began:
             await self._close(open_round.record, "the first model came from a file")
             open_round = None
-        if open_round is not None and not await coordinator.secure_sums.fits(
-            open_round.record.number, TaskKind(open_round.record.kind)
+        if open_round is not None and (
+            reason := await coordinator.secure_sums.lost(
+                open_round.record.number, TaskKind(open_round.record.kind)
+            )
         ):
-            reason = "secure_aggregation has changed, and updates of this round are of the other form"
             await self._close(open_round.record, reason)
             coordinator.apply(RoundsRestored(max(run.last_number, open_round.record.number)))
             open_round = None

@@ -23,7 +23,7 @@ from fedgrpc.aggregator.run_shell import RunShell
 from fedgrpc.aggregator.settings import AggregatorSettings
 from fedgrpc.aggregator.update_checks import MaskedWords
 from fedgrpc.codec.layout import Array, Layout, TensorRole
-from fedgrpc.errors import CodecError, LayoutError, RoundClosed, UpdateRefused
+from fedgrpc.errors import CodecError, CorruptError, LayoutError, RoundClosed, UpdateRefused
 from fedgrpc.privacy.bounded_rounding import grid_bound
 from fedgrpc.privacy.masks import packed_bytes, unpack_words
 from fedgrpc.privacy.one_time_keys import acceptable
@@ -118,17 +118,24 @@ class SecureSums:
         for name in sum_.state.arrived:
             shell.fleet.wake(name)
 
-    async def fits(self, number: int, kind: TaskKind) -> bool:
-        """Return whether an open round has a secure sum if, and only if, the settings want one now.
+    async def lost(self, number: int, kind: TaskKind) -> str:
+        """Return why an open round cannot continue: "" if it has a secure sum where the settings want one now.
 
         Else plain updates would be taken for masked ones, or the other way round. Raises `StorageError`.
         """
         wanted = self._settings.secure.on and kind is TaskKind.TRAIN
-        found = await asyncio.to_thread(stored_sum.recovered, self._settings.data_dir, number, (), 0.0)
-        return wanted == (found is not None)
+        try:
+            found = await asyncio.to_thread(stored_sum.recovered, self._settings.data_dir, number, (), 0.0)
+        except CorruptError as error:
+            return f"the secure sum of this round is lost: {error}" if kind is TaskKind.TRAIN else ""
+        if wanted == (found is not None):
+            return ""
+        return "secure_aggregation has changed, and updates of this round are of the other form"
 
     async def recovered(self, round_: RoundInProgress) -> SecureSum | None:
         """Return the sum of a round that a former process left open; None: it has none. Raises `StorageError`."""
+        if round_.kind is not TaskKind.TRAIN:
+            return None
         tasks = round_.state.tasks
         arrived = {tasks[token].worker for token in round_.state.accepted}
         policy = self._settings.policy

@@ -1,6 +1,6 @@
 """Secure sum of the open round in the data folder, so that a restarted aggregator goes on with it.
 
-    secure_sum    JSON: the round, its devices with their keys and places; later roster, shares and question too
+    secure_sum    the round, its devices with their keys and places; later roster, shares and question too
 
 The rule: roster and question are here before a device is told. Proofs and answers are not: devices send the same
 ones again.
@@ -8,21 +8,17 @@ ones again.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any, Final
 
-from google.protobuf.message import DecodeError
-
-from fedgrpc.errors import StorageError, UsageError
 from fedgrpc.privacy.one_time_keys import PublicKeys
 from fedgrpc.privacy.secure_round import SecurePhase, SecureRound
 from fedgrpc.privacy.secure_vector import SecureVector
 from fedgrpc.protocol.secure import keys_from_proto, keys_to_proto
 from fedgrpc.runs.round_in_progress import RoundInProgress
 from fedgrpc.runs.secure_sum import SecureSum
-from fedgrpc.storage.files import storage_errors, write_file
+from fedgrpc.storage.sealed_file import read_sealed, write_sealed
 from fedgrpc.v1.privacy_pb2 import OneTimeKeys
 
 FILE: Final = "secure_sum"
@@ -31,25 +27,17 @@ FILE: Final = "secure_sum"
 def store(folder: Path, round_: RoundInProgress) -> None:
     """Store the secure sum of a round, durably. Raises `StorageError`."""
     assert round_.secure is not None
-    text = json.dumps({"round": round_.number, **_described(round_.secure)}).encode()
-    with storage_errors(folder / FILE):
-        write_file(folder / FILE, text, private=True)
+    write_sealed(folder / FILE, {"round": round_.number, **_described(round_.secure)})
 
 
 def recovered(folder: Path, number: int, arrived: Collection[str], due_at: float) -> SecureSum | None:
     """Return the sum of round `number`; None where no process has stored it.
 
     `arrived` are the workers whose updates are in the folder. The phase that it was in ends at `due_at`. Raises
-    `StorageError` for a damaged file.
+    `CorruptError` for a damaged file, and `StorageError`.
     """
-    path = folder / FILE
-    with storage_errors(path, "read"):
-        text = path.read_bytes() if path.exists() else b""
-    try:
-        told = json.loads(text) if text else {"round": None}
-        return None if told["round"] != number else _sum_of(told, frozenset(arrived), due_at)
-    except (ValueError, KeyError, TypeError, UsageError, DecodeError) as error:
-        raise StorageError(f"{path} is damaged: {error}") from error
+    told = read_sealed(folder / FILE)
+    return None if told is None or told["round"] != number else _sum_of(told, frozenset(arrived), due_at)
 
 
 def _described(sum_: SecureSum) -> dict[str, Any]:

@@ -10,17 +10,17 @@ before it is used, so no key is in two sums. A file that is gone or damaged answ
 from __future__ import annotations
 
 import hashlib
-import json
 import secrets
 from pathlib import Path
 from typing import Any, Final
 
-from fedgrpc.errors import UpdateRefused
+from fedgrpc.errors import CorruptError, UpdateRefused
 from fedgrpc.privacy.one_time_keys import PublicKeys, Secrets
 from fedgrpc.privacy.secure_sum import Circle
 from fedgrpc.privacy.secure_task import KeyRing, SecureTask
 from fedgrpc.privacy.streams import KEY_BYTES
 from fedgrpc.storage.files import make_private, storage_errors, write_file
+from fedgrpc.storage.sealed_file import read_sealed, write_sealed
 
 # Sums that may still be asked about. Of older ones the memory is removed, and with it every answer.
 _KEPT_SUMS: Final = 8
@@ -38,7 +38,9 @@ class SecureMemory:
         ring = self._loaded()
         if not ring.unused:
             ring = ring.filled(1, secrets.token_bytes)
-            self._write("key", ring.unused[0].master)
+            with storage_errors(self._folder):
+                make_private(self._folder)
+                write_file(self._folder / "key", ring.unused[0].master, private=True)
             self._ring = ring
         return ring.unused[0].public
 
@@ -72,7 +74,9 @@ class SecureMemory:
 
     def fix(self, token: str, task: SecureTask) -> SecureTask:
         """Store what is fixed of a sum, durably, and return it."""
-        self._write(_name_of(token), json.dumps(_described(task)).encode())
+        with storage_errors(self._folder):
+            make_private(self._folder)
+        write_sealed(self._folder / _name_of(token), _described(task))
         return task
 
     def _loaded(self) -> KeyRing:
@@ -84,20 +88,11 @@ class SecureMemory:
         return self._ring
 
     def _read(self, token: str) -> SecureTask | None:
-        path = self._folder / _name_of(token)
-        with storage_errors(self._folder):
-            text = path.read_bytes() if path.exists() else None
-        if text is None:
-            return None
         try:
-            return _task_of(json.loads(text))
-        except (ValueError, KeyError, TypeError) as error:
-            raise UpdateRefused(f"the memory of a secure sum is damaged: {path}") from error
-
-    def _write(self, name: str, content: bytes) -> None:
-        with storage_errors(self._folder):
-            make_private(self._folder)
-            write_file(self._folder / name, content, private=True)
+            told = read_sealed(self._folder / _name_of(token))
+        except CorruptError as error:
+            raise UpdateRefused(f"this device answers nothing more for a secure sum: {error}") from error
+        return None if told is None else _task_of(told)
 
     def _forget_old(self, newest: str) -> None:
         with storage_errors(self._folder):

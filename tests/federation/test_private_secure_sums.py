@@ -136,7 +136,9 @@ async def test_an_aggregator_killed_behind_an_entry_unmasks_the_same_sum_under_t
         await process.until("round resumed")
         await running.until_finished()
         weights = running.weights(3)
-    await asyncio.gather(*workers)
+        for worker in workers:
+            worker.cancel()
+        await asyncio.gather(*workers, return_exceptions=True)
     # Nobody has masked a second update.
     assert len(watched.plain) == 6
     assert [(each.step, each.round) for each in stored(tmp_path)] == [(1, 1), (2, 2)]

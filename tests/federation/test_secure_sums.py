@@ -11,7 +11,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from fedgrpc.aggregation.admission import AdmissionPolicy
-from fedgrpc.aggregator import secure_sums
+from fedgrpc.aggregator import secure_sums, stored_sum
 from fedgrpc.aggregator.settings import AggregatorSettings
 from fedgrpc.aggregator.update_checks import ExpectedUpdate, MaskedWords, examine
 from fedgrpc.codec.layout import layout_of
@@ -514,6 +514,29 @@ async def test_an_aggregator_that_is_killed_in_any_phase_goes_on_with_the_sum(
     for name, start in MODEL.items():
         # The sum itself stays in the process: what it made of the model is the same, to the last bit.
         assert np.array_equal(weights[name], (start + means[name]).astype(np.float32))
+
+
+async def test_a_round_whose_sum_the_disk_has_damaged_is_abandoned_and_the_run_goes_on(tmp_path):
+    save_file(MODEL, tmp_path / "initial.safetensors")
+    address = free_address()
+    arguments = ["--secure-aggregation", 8, "--clip-norm", 10, "--quorum", 3, "--min-workers", 3, "--rounds", 1]
+    async with aggregator_process(tmp_path, *arguments, address=address) as (process, running):
+        workers = [
+            start_worker(running, tmp_path, f"w{k}", DiesInTraining(lambda: None) if k == 0 else ShiftTrainer(0.1))
+            for k in range(3)
+        ]
+        await running.until_task("w0", round_pb2.TASK_PHASE_TRAINING)
+        await process.kill()
+    path = tmp_path / "aggregator" / stored_sum.FILE
+    path.write_bytes(path.read_bytes().replace(b'"bits": 8', b'"bits": 9'))
+    async with aggregator_process(tmp_path, *arguments, address=address) as (process, running):
+        record = await running.until_ended(1)
+        assert record.phase == round_pb2.ROUND_PHASE_ABANDONED
+        assert "damaged" in record.reason
+        assert (await running.run()).phase == pb.RUN_PHASE_RUNNING
+        for worker in workers:
+            worker.cancel()
+        await asyncio.gather(*workers, return_exceptions=True)
 
 
 @pytest.mark.parametrize(

@@ -25,12 +25,12 @@ import numpy as np
 import structlog
 
 from fedgrpc.errors import FedgrpcError
-from tests.fuzz import files, messages, payloads, updates
+from tests.fuzz import files, messages, payloads, secure, updates
 from tests.fuzz.mutate import Recording
 from tests.fuzz.registry import TARGETS, Target
 
 # Where the targets are; importing them has registered them.
-READERS = (payloads, messages, updates, files)
+READERS = (payloads, messages, updates, files, secure)
 # CPU time of one input; the slowest honest one takes a hundredth of it.
 MAX_SECONDS = 2.0
 # How much the process may grow within one input; tensors here have a megabyte at most.

@@ -78,9 +78,13 @@ def test_what_is_gone_or_damaged_answers_nothing(tmp_path):
     masked(tmp_path)
     (path,) = [path for path in (tmp_path / "secure").iterdir() if path.name != "key"]
     assert path.stat().st_mode & 0o777 == 0o600
-    path.write_text('{"master": "00"}')
-    with pytest.raises(UpdateRefused, match="damaged"):
-        restarted(tmp_path).of("t")
+    # It still reads as JSON: of another update.
+    good = path.read_bytes()
+    for damaged in (good.replace(b'"masked_digest": "31', b'"masked_digest": "32'), good[:-1], b"", b"{}"):
+        assert damaged != good
+        path.write_bytes(damaged)
+        with pytest.raises(UpdateRefused, match="damaged"):
+            restarted(tmp_path).of("t")
     path.unlink()
     with pytest.raises(UpdateRefused, match="knows nothing"):
         restarted(tmp_path).of("t")
