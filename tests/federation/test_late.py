@@ -336,6 +336,23 @@ async def test_fedasync_mixes_in_the_model_that_a_device_has_trained_from_the_ve
         await running.until_finished()
 
 
+async def test_fedasync_finds_the_version_of_an_old_update_after_a_restart(tmp_path):
+    about = {"policy": ONE_AT_A_TIME, "keep_versions": 1, "download_recipe": "raw", "upload_recipe": "raw"}
+    about["plan"] = TrainingPlan(algorithm="fedasync:alpha=0.5,a=1")
+    async with running_aggregator(tmp_path, rounds=3, **about) as running:
+        (a, slow), (task, late) = await fleet(running, "a", "slow")
+        await slow.beat(late)
+        await a.push(task, update_of(1.0))
+        await running.until_ended(1)
+        assert_model(running, 2, 0.5)
+    async with running_aggregator(tmp_path, rounds=2, **about) as running:
+        (slow,) = await again(running, "slow")
+        await slow.push(late, update_of(4.0))
+        await running.until_finished()
+        # The old update starts from version 1, and is mixed into version 2 by a quarter.
+        assert_model(running, 3, 0.75 * 0.5 + 0.25 * 4.0)
+
+
 @pytest.mark.parametrize("policy", [BUFFER, CARRY])
 async def test_real_workers_bring_a_run_that_carries_to_its_end(tmp_path, policy):
     async with running_aggregator(tmp_path, policy=policy, rounds=5) as running:

@@ -149,6 +149,17 @@ def test_a_simulation_whose_hours_are_over_scores_nothing_once_more_when_it_is_r
     assert not engine.scored
 
 
+def test_half_of_the_channels_take_less_time_to_train(tmp_path: Path) -> None:
+    """A plan that only cuts a sub-model took as long as the whole model."""
+
+    def trained_s(plan: LocalModelPlan) -> float:
+        devices = replace(STEADY, count=4, examples_per_s=50.0)
+        more = {"learning": DIGITS, "rounds": 1, "local_models": PlanTable(plan)}
+        return _play(_experiment(devices, **more), tmp_path / str(plan.width)).rows[-1].trained_s
+
+    assert trained_s(LocalModelPlan(0.5)) < trained_s(LocalModelPlan())
+
+
 def test_fedasync_learns_on_devices_of_unequal_speed(tmp_path: Path) -> None:
     slow = replace(QUICK, name="slow", count=2, examples_per_s=10.0)
     policy = replace(POLICY, late="carry", buffer_size=1, max_participants=None)

@@ -9,8 +9,6 @@ import time
 from pathlib import Path
 from typing import Any, Final
 
-from torch import nn
-
 from fedgrpc.tasks.digits import Digits
 from fedgrpc.tasks.fashion_mnist import FashionMnist
 from fedgrpc.torch.task import TorchTask
@@ -21,8 +19,7 @@ SCORED_FASTER: Final = 3.0
 class Paced(TorchTask):
     """A task of which a batch does not end before it and those before it have taken their time.
 
-    `pace`: examples that the whole model trains on in a second; three times as many are scored. A smaller model is
-    faster by its share of the weights.
+    `pace`: examples that it trains on in a second; three times as many are scored.
     """
 
     pace: float
@@ -35,14 +32,10 @@ class Paced(TorchTask):
     def forward(self, model: Any, inputs: Any) -> Any:
         """Return the outputs once the batch has taken its time."""
         pace = self.pace * (1.0 if model.training else SCORED_FASTER)
-        self._due_at += len(inputs) / pace * _weights(model) / _weights(self.model())
+        self._due_at += len(inputs) / pace
         outputs = super().forward(model, inputs)
         time.sleep(max(0.0, self._due_at - time.monotonic()))
         return outputs
-
-
-def _weights(model: nn.Module) -> int:
-    return sum(each.numel() for each in model.parameters())
 
 
 class PacedDigits(Paced, Digits):

@@ -19,19 +19,26 @@ from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 from fedgrpc import toml
 from fedgrpc.cli.experiment import parse_experiment
 from fedgrpc.logging import configure
+from fedgrpc.simulation.learning.engine import InProcess
 from fedgrpc.simulation.learning.sweep import Point, play_points, points_of, search_of
 from fedgrpc.storage.database import DATABASE
 from fedgrpc.storage.run_store import RunStore
+from fedgrpc.submodels.plan_size import elements_of, relative_work
 from fedgrpc.v1.round_pb2 import TASK_KIND_TRAIN
+from fedgrpc.worker.task_loader import load_trainer
 
 GRID = Path("examples/policies/processes-grid.toml")
 PACED = "tools.bench.paced:PacedFashionMnist"
 _SECONDS = 3600.0
+# Scores swing from version to version, so that each is the mean of so many.
+_LAST = 3
+_HEADINGS = "| policy | played as | 12 h | 24 h | 12 to 24 h | versions | MB |"
 
 
 @dataclass(frozen=True)
@@ -60,18 +67,20 @@ def deployed(point: Point, folder: Path) -> None:
     os.mkfifo(port)
     config.write_text("[aggregator]\n" + "".join(f"{k} = {json.dumps(v)}\n" for k, v in _table(point).items()))
     devices = [(f"{kind.name}-{n}", kind) for kind in point.experiment.classes for n in range(kind.count)]
-    learning = point.experiment.learning
+    learning, paces = point.experiment.learning, _paces(point)
     with ExitStack() as stack:
         serving = ("--address", "127.0.0.1:0", "--port-file", str(port), "--data-dir", str(folder / "run"))
         _start(stack, folder / "aggregator.log", "aggregator", "--config", str(config), *serving)
         address = f"127.0.0.1:{port.read_text().strip()}"
-        common = ("--aggregator", address, "--data", str(learning.data), "--model", str(learning.model))
-        common = (*common, "--threads", "1", "--device", "cpu", "--serve-address", "none")
+        common = [
+            *("--aggregator", address, "--data", str(learning.data), "--model", str(learning.model)),
+            *("--threads", "1", "--device", "cpu", "--serve-address", "none"),
+        ]
         for number, (name, kind) in enumerate(devices, 1):
             _start(
                 stack,
                 folder / f"{name}.log",
-                *("worker", "--name", name, "--task", PACED, "--option", f"pace={kind.examples_per_s}", *common),
+                *("worker", "--name", name, "--task", PACED, "--option", f"pace={paces[kind.name]}", *common),
                 *("--partition", str(learning.partition), "--part", f"{number}/{len(devices)}"),
                 *("--seed", str(learning.seed), "--state-dir", str(folder / name)),
                 *("--device-class", kind.device_class or kind.name, "--link", str(int(kind.up_mbit * 1e6))),
@@ -83,6 +92,21 @@ def deployed(point: Point, folder: Path) -> None:
             *("--state-dir", str(folder / "evaluator")),
         )
         _wait(folder / "run", point.hours * _SECONDS)
+
+
+def _paces(point: Point) -> dict[str, float]:
+    """Return examples a second of each kind, with a smaller model as many more as the simulation takes."""
+    learning, plans = point.experiment.learning, point.experiment.settings.local_models
+    engine = InProcess(learning, point.experiment.count)
+    trainer = load_trainer(learning.task, model=learning.model, data=Path(str(learning.data)), threads=1)
+    shapes = {name: array.shape for name, array in trainer.initial_weights().items()}
+    channels = engine.facts(True).description.channels
+    paces = {}
+    for kind in point.experiment.classes:
+        size = elements_of(plans.plan_of(kind.device_class or kind.name), shapes, channels).size(0.0, 0.0)
+        assert kind.examples_per_s is not None
+        paces[kind.name] = kind.examples_per_s / relative_work(size)
+    return paces
 
 
 def _table(point: Point) -> Mapping[str, Any]:
@@ -141,15 +165,14 @@ def simulated(points: list[Point], folder: Path) -> list[list[Scored]]:
 
 
 def shown(versions: list[Scored], seconds: float) -> str:
-    """Return accuracies at a half and the whole of the time, versions and megabytes, as cells of a table."""
+    """Return accuracies, versions and megabytes as cells of a table."""
     within = [each for each in versions if each.at_s <= seconds]
-
-    def accuracy(until_s: float) -> str:
-        scores = [each.accuracy for each in within if each.at_s <= until_s and each.accuracy is not None]
-        return f"{100 * sum(scores[-3:]) / len(scores[-3:]):.1f}" if scores else "-"
-
+    scores = [(each.at_s, 100 * each.accuracy) for each in within if each.accuracy is not None]
+    first = [accuracy for at_s, accuracy in scores if at_s <= seconds / 2]
+    second = [accuracy for at_s, accuracy in scores if at_s > seconds / 2]
     moved = within[-1].moved_bytes / 1e6 if within else 0.0
-    return f"{accuracy(seconds / 2)} | {accuracy(seconds)} | {len(within)} | {moved:.1f}"
+    means = (first[-_LAST:], second[-_LAST:], second)
+    return " | ".join([*(f"{mean(each):.1f}" if each else "-" for each in means), f"{len(within)} | {moved:.1f}"])
 
 
 def main() -> None:
@@ -164,9 +187,7 @@ def main() -> None:
     base = toml.parse((asked.grid.parent / search_of(document).experiment).read_text())
     points = points_of(document, base, parse_experiment)
     points = [each for each in points if not asked.policies or each.choices["policy"] in asked.policies]
-    print(
-        "| policy | played as | 12 h | 24 h | versions | MB |\n| --- | --- | --- | --- | --- | --- |", flush=True
-    )
+    print(f"{_HEADINGS}\n|{' --- |' * 7}", flush=True)
     for point, versions in zip(points, simulated(points, asked.out / "simulated"), strict=True):
         print(
             f"| {point.choices['policy']} | simulation | {shown(versions, point.hours * _SECONDS)} |", flush=True

@@ -131,7 +131,7 @@ class DeviceTask:
         steps = max(1, math.ceil(epochs * math.ceil(examples / batch) - 1e-9))
         steps = min(steps, task.plan.max_steps or steps)
         shown = min(steps * batch, epochs * examples)
-        training_s = self._slow(kind.task_s(shown) * world.relative_work(task.local_model))
+        training_s = self._slow(kind.task_s(shown) * world.relative_work(task))
         if task.plan.upload_reserve_s is None or left_s is None or not training_s:
             return Effort(others_s + training_s)
         step_s = training_s / steps

@@ -8,12 +8,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
+from fedgrpc.protocol.tasks import Task
 from fedgrpc.simulation.devices import Devices
 from fedgrpc.simulation.learning.aggregator import SimulatedAggregator
 from fedgrpc.simulation.learning.client_files import ClientFiles, HeldKey, HeldModels
 from fedgrpc.simulation.learning.client_work import TaskFacts
 from fedgrpc.simulation.learning.engine import Engine
-from fedgrpc.submodels.plan import LocalModelPlan
+from fedgrpc.submodels.plan import WHOLE_MODEL, LocalModelPlan
 from fedgrpc.submodels.plan_size import elements_of, relative_work
 
 # Long enough, virtual seconds, for all that is ready to happen.
@@ -90,9 +91,10 @@ class World:
         """Let the time pass until then, virtual seconds."""
         await asyncio.sleep(max(0.0, time_s - self.clock()))
 
-    def relative_work(self, plan: LocalModelPlan | None) -> float:
-        """Return how long a step of a local model takes, as a multiple of one of the whole model as it is."""
-        if plan is None:
+    def relative_work(self, task: Task) -> float:
+        """Return how long a step of the local model takes, as a multiple of one of the whole model as it is."""
+        plan = (task.local_model or WHOLE_MODEL).with_sub_model(task.sub_model)
+        if plan == WHOLE_MODEL:
             return 1.0
         if plan not in self._works:
             coordinator = self.aggregator.coordinator
