@@ -18,7 +18,7 @@ from fedgrpc.plots import COLOURS, TEXT_PT, label_points, legend_below, new_figu
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
 Row = Mapping[str, str]
-ROBUST_FLEETS = ("iid, 20 workers", "dirichlet:0.5, 20 workers", "iid, 50 workers", "dirichlet:0.5, 50 workers")
+ROBUST_FLEETS = ("iid, 20 workers", "dirichlet:0.5, 20 workers")
 # (epsilon, mean accuracy, its standard deviation)
 Curve = Sequence[tuple[float, float, float]]
 
@@ -146,8 +146,9 @@ def _privacy(path: Path) -> None:
 
 
 def _mean_and_spread(text: str) -> tuple[float, float]:
-    mean, spread = text.split("±")
-    return float(mean), float(spread)
+    """Return both numbers of a cell; of one seed there is no spread."""
+    mean, _, spread = text.partition("±")
+    return float(mean), float(spread or 0)
 
 
 PICTURES: Mapping[str, Callable[[Path], None]] = {

@@ -174,6 +174,13 @@ def found_of(lines: Sequence[Mapping[str, Any]], name: str, **about: Any) -> lis
     return [line[name] for line in lines if about.items() <= line.items()]
 
 
+def _told(accuracies: Sequence[float]) -> str:
+    """Return a cell: the mean, and the deviation of several seeds."""
+    if len(accuracies) < 2:
+        return "".join(f"{each:.3f}" for each in accuracies)
+    return f"{np.mean(accuracies):.3f} ± {np.std(accuracies):.3f}"
+
+
 def show(lines: Sequence[Mapping[str, Any]], plot: Path | None) -> None:
     """Print the tables, and draw the first."""
     plain = found_of(lines, "accuracy", way=PLAIN)
@@ -184,7 +191,7 @@ def show(lines: Sequence[Mapping[str, Any]], plot: Path | None) -> None:
     for way in WAYS:
         each = [found_of(lines, "accuracy", way=way, epsilon=e, clip_norm=CLIP, adaptive=False) for e in EPSILONS]
         curves[way] = [(e, float(np.mean(a)), float(np.std(a))) for e, a in zip(EPSILONS, each, strict=True) if a]
-        print(f"| {way} | " + " | ".join(f"{np.mean(a):.3f} ± {np.std(a):.3f}" for a in each if a) + " |")
+        print(f"| {way} | " + " | ".join(_told(accuracies) for accuracies in each) + " |")
     print("\n| first clip norm | fixed | by the quantile | last clip norm |\n| --- | --: | --: | --: |")
     for clip_norm in CLIPS:
         about = {"way": CLIP_WAY, "epsilon": CLIP_EPSILON, "clip_norm": clip_norm}
