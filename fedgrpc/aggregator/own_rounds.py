@@ -54,7 +54,12 @@ class OwnRounds:
         self._upkeep = upkeep
         self._models = coordinator.models
         self._new_version = NewVersion(
-            coordinator.machine, coordinator.settings, updates, coordinator.models, coordinator.local_models
+            coordinator.machine,
+            coordinator.settings,
+            updates,
+            coordinator.models,
+            coordinator.local_models,
+            coordinator.encoded_models.encode_early,
         )
         # Rounds in a row that were abandoned.
         self.abandoned = 0
