@@ -25,7 +25,7 @@ from fedgrpc.worker.model_folder import ModelFolder, PartialModel
 from fedgrpc.worker.throttle import Pacer, Throttle
 
 # A model comes along with its task if the link carries it in this time.
-_ALONG_S: Final = 0.1
+_ALONG_S: Final = 0.5
 
 
 class ModelPulls:
