@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import socket
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -34,6 +34,10 @@ IDENTITY: Final = "fedgrpc.v1.Identity"
 MODELS: Final = "fedgrpc.v1.Models"
 WORKER: Final = "fedgrpc.v1.Worker"
 _PROBE_S: Final = 1.0
+_FREQUENT: Final = frozenset(
+    f"/{AGGREGATOR}/{method}"
+    for method in ("Register", "PollTask", "PollTasks", "PullModel", "Heartbeat", "PushUpdate")
+)
 
 
 @dataclass(frozen=True)
@@ -71,6 +75,34 @@ def models_service(servicer: models_pb2_grpc.ModelsServicer) -> Service:
 def worker_service(servicer: worker_pb2_grpc.WorkerServicer) -> Service:
     """Return the `Worker` service of `servicer`."""
     return Service(WORKER, servicer, framing.add_worker)
+
+
+class _Handlers:
+    """The handlers of a server, collected from generated code; a later one takes the place of an earlier.
+
+    `grpc.aio` waits for calls of each registered method apart from all others, and with each call it goes through
+    all of these waits. So only calls that come by the thousand are registered.
+    """
+
+    def __init__(self) -> None:
+        self._of_service: dict[str, dict[str, Any]] = {}
+        self._generic: list[grpc.GenericRpcHandler] = []
+
+    def add_generic_rpc_handlers(self, handlers: Sequence[grpc.GenericRpcHandler]) -> None:
+        """Add handlers that are asked for methods without a name here. Generated code adds all in both ways."""
+        self._generic.extend(handlers)
+
+    def add_registered_method_handlers(self, service: str, handlers: Mapping[str, Any]) -> None:
+        """Add the handlers of a service, by the names of its methods."""
+        self._of_service.setdefault(service, {}).update(handlers)
+
+    def serve_on(self, server: grpc.aio.Server) -> None:
+        """Let `server` have them all."""
+        for service, handlers in self._of_service.items():
+            server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(service, handlers),))
+            frequent = {name: each for name, each in handlers.items() if f"/{service}/{name}" in _FREQUENT}
+            server.add_registered_method_handlers(service, frequent)
+        server.add_generic_rpc_handlers(tuple(self._generic))
 
 
 class Health:
@@ -142,13 +174,15 @@ async def serve(
     )
     health = Health([service.name for service in services])
     await health.set_all(False)
+    handlers = _Handlers()
     for service in services:
-        service.add(service.servicer, server)
-    health_pb2_grpc.add_HealthServicer_to_server(health.servicer, server)
+        service.add(service.servicer, handlers)
+    health_pb2_grpc.add_HealthServicer_to_server(health.servicer, handlers)
     names = [service.name for service in services]
     reflection.enable_server_reflection(
         [*names, health_pb2.DESCRIPTOR.services_by_name["Health"].full_name, reflection.SERVICE_NAME], server
     )
+    handlers.serve_on(server)
     where = Address.parse(address)
     port = _listen(server, where, tls)
     if local_address is not None:

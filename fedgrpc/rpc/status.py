@@ -151,19 +151,26 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]
         self._large = frozenset(large)
         self._first_messages = first_messages or FirstMessages()
         self._admission = admission or Admission()
+        # Handlers by method, each wrapped at the first call.
+        self._wrapped: dict[str, Any] = {}
 
     async def intercept_service(
         self, continuation: Callable[[Any], Awaitable[Any]], details: grpc.HandlerCallDetails
     ) -> Any:
-        """Return the call's handler with its behaviour wrapped."""
-        handler = await continuation(details)
+        """Return the call's handler with its behaviour wrapped. A method has one handler, whoever calls."""
+        handler, method = await continuation(details), details.method
         if handler is None:
             return None
+        if method not in self._wrapped:
+            self._wrapped[method] = self._wrap(handler, method)
+        return self._wrapped[method]
+
+    def _wrap(self, handler: Any, method: str) -> Any:
         stream = grpc.stream_stream_rpc_method_handler
         make = stream if handler.response_streaming else grpc.stream_unary_rpc_method_handler
         behaviour = handler.stream_stream or handler.stream_unary or handler.unary_stream or handler.unary_unary
-        admitted = partial(self._admission.admitted, method=details.method)
-        deserialize, small = handler.request_deserializer, details.method not in self._large
+        admitted = partial(self._admission.admitted, method=method)
+        deserialize, small = handler.request_deserializer, method not in self._large
         if small:
             deserialize = bounded(deserialize, SMALL_REQUEST_BYTES)
         read = partial(_only, self._first_messages)
@@ -171,7 +178,7 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]
             # A small request on an open call costs as much as a call. The large ones are chunks of an update.
             read = partial(_messages, self._first_messages, paced=small)
         return make(
-            _guarded(behaviour, read, admitted, self._first_messages.pace, details.method),
+            _guarded(behaviour, read, admitted, self._first_messages.pace, method),
             request_deserializer=deserialize,
             response_serializer=handler.response_serializer,
         )

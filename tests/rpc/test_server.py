@@ -13,8 +13,9 @@ from fedgrpc.rpc.address import Address
 from fedgrpc.rpc.admission import Admission
 from fedgrpc.rpc.channel import CLIENT_OPTIONS, SERVER_OPTIONS, Tls, open_channel
 from fedgrpc.rpc.requests import CallRates, FirstMessages
-from fedgrpc.rpc.server import Service, serve
+from fedgrpc.rpc.server import Service, aggregator_service, serve
 from fedgrpc.rpc.status import domain_errors
+from fedgrpc.v1 import aggregator_pb2_grpc
 from tests.support.certificates import make_authority, make_certificate
 from tests.support.echo_service import NAME, call, echo_service
 from tests.support.hand_driven_device import PATIENCE_S
@@ -52,6 +53,14 @@ async def test_reflection_lists_the_services():
         replies = [reply async for reply in stub.ServerReflectionInfo(iter([request]))]
     names = {service.name for service in replies[0].list_services_response.service}
     assert names == {NAME, "grpc.health.v1.Health", "grpc.reflection.v1alpha.ServerReflection"}
+
+
+async def test_a_server_waits_apart_for_the_calls_of_few_methods_since_each_call_goes_through_all_waits():
+    service = aggregator_service(aggregator_pb2_grpc.AggregatorServicer())
+    before = len(asyncio.all_tasks())
+    async with serve("127.0.0.1:0", [service]) as server, open_channel(server.address) as channel:
+        await health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(), timeout=PATIENCE_S)
+        assert len(asyncio.all_tasks()) - before < 16
 
 
 async def test_a_port_in_use_is_a_usage_error_of_one_line():
