@@ -141,10 +141,11 @@ async def measure(options: argparse.Namespace, aim: int, folder: Path) -> Row:
 async def _measured(
     options: argparse.Namespace, aim: int, aggregator: Aggregator, stub: Any, seen: Seen, probes: Probes
 ) -> Row:
-    async def until_version(version: int) -> int:
-        while (now := (await stub.GetRun(pb.GetRunRequest())).run.model_version) < version:  # noqa: ASYNC110
-            await asyncio.sleep(0.05)
-        return int(now)
+    async def until_round(number: int) -> int:
+        # The workers know. To ask for it twenty times a second would cost as much as a tenth of the updates.
+        while (now := max(seen.tasks_at, default=0)) < number:  # noqa: ASYNC110
+            await asyncio.sleep(_LOOK_S)
+        return now
 
     if options.idle_s:
         await stub.PauseRun(pb.PauseRunRequest())
@@ -153,11 +154,11 @@ async def _measured(
             await asyncio.sleep(0.2)
     idle_busy = await _idle(stub, aggregator, options.idle_s) if options.idle_s else None
     idle_bytes = aggregator.rss_bytes
-    first = await until_version(await until_version(1) + 2)
+    first = await until_round(await until_round(1) + 2)
     seen.measuring = True
     aggregator.largest_rss_bytes()
     cpu_s, begun = aggregator.cpu_s, time.monotonic()
-    last = await until_version(first + options.rounds)
+    last = await until_round(first + options.rounds)
     ended = time.monotonic()
     took_s, cpu_s = ended - begun, aggregator.cpu_s - cpu_s
     answers_s = probes.answers_s(begun, ended)
@@ -240,6 +241,9 @@ def main() -> int:
     parser.add_argument("--deaf", action="store_true", help="workers do not heed when they are told to come back")
     parser.add_argument(
         "--unary", action="store_true", help="a call for each poll, in place of one that stays open"
+    )
+    parser.add_argument(
+        "--bare", action="store_true", help="the floor: a server that answers the same calls and does no more"
     )
     parser.add_argument("--probes", type=int, default=20, help="of them poll without waiting")
     parser.add_argument("--probes-of", help=argparse.SUPPRESS)

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 from safetensors.numpy import save_file
 
-from tools.bench.load.workers import PATIENCE_S, WAIT_S
+from tools.bench.load.workers import PATIENCE_S, WAIT_S, Update
 
 _TICKS = os.sysconf("SC_CLK_TCK")
 
@@ -33,8 +33,13 @@ class Aggregator:
             *("--deadline", "10m", "--lease", "2m", "--max-workers", options.workers),
             *("--poll-wait", f"{WAIT_S:g}s", "--log-level", "warning", *options.aggregator_option),
         ]
+        program = ["fedgrpc", *arguments]
+        if options.bare:
+            size_bytes = Update.of(model, options.encoding).size_bytes
+            program = ["tools.bench.load.bare", "--port-file", ports]
+            program += ["--updates", aim, "--model-bytes", size_bytes]
         pinned = ["taskset", "--cpu-list", str(options.core)] if options.core is not None else []
-        command = [*pinned, sys.executable, "-m", "fedgrpc", *map(str, arguments)]
+        command = [*pinned, sys.executable, "-m", *map(str, program)]
         self.process = subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"})
         begun = time.monotonic()
         while not ports.exists() or not ports.read_text():

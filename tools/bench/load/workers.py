@@ -35,7 +35,9 @@ from fedgrpc.worker.task_stream import TaskStream
 PATIENCE_S = 300.0
 WAIT_S = 30.0
 # As `fedgrpc.worker.model_pulls` has it.
-_ALONG_S = 0.1
+_ALONG_S = 0.5
+# As `fedgrpc.worker.loop` has it: training that is over sooner gets no heartbeat.
+_SETTLED_S = 1.0
 _ZSTD = tensor_pb2.COMPRESSION_ZSTD
 
 
@@ -149,9 +151,12 @@ class Worker:
 
     async def _perform(self, task: Any) -> None:
         self._seen.tasks_at[task.round].append(time.monotonic())
-        beat = pb.HeartbeatRequest(worker=self._name, token=task.token, phase=round_pb2.TASK_PHASE_TRAINING)
-        await self._stub.Heartbeat(beat, timeout=60)
-        await asyncio.sleep(self._rng.uniform(0, self._train_s))
+        train_s = self._rng.uniform(0, self._train_s)
+        await asyncio.sleep(min(train_s, _SETTLED_S))
+        if train_s > _SETTLED_S:
+            beat = pb.HeartbeatRequest(worker=self._name, token=task.token, phase=round_pb2.TASK_PHASE_TRAINING)
+            await self._stub.Heartbeat(beat, timeout=60)
+            await asyncio.sleep(train_s - _SETTLED_S)
         header = pb.UpdateHeader(
             worker=self._name, token=task.token, manifest=self._update.manifest, example_count=10, steps=1
         )
