@@ -24,6 +24,7 @@ from fedgrpc.aggregator.tokens import new_token
 from fedgrpc.errors import UnusableUpdate, blaming
 from fedgrpc.protocol.rounds import record_of
 from fedgrpc.rounds.events import Deadline, Select, Selected
+from fedgrpc.rounds.fields import with_fields
 from fedgrpc.rounds.policy import TaskKind
 from fedgrpc.rounds.round import Round, RoundPhase
 from fedgrpc.rounds.selection import SelectionPolicy
@@ -158,7 +159,7 @@ class TaskAssigner:
         )
         cut = {token: context for token, context in given.items() if not context.local.plain}
         sizes |= await self._encode(version, workers, cut)
-        contexts |= {token: replace(context, download_bytes=sizes[token]) for token, context in given.items()}
+        contexts |= {token: with_fields(context, download_bytes=sizes[token]) for token, context in given.items()}
         return contexts, failed | unplanned
 
     def _agree(self, round_: RoundInProgress, context: TaskContext, name: str) -> TaskContext:
@@ -169,7 +170,7 @@ class TaskAssigner:
             agreed = replace(agreed, upload=RAW)
         down, up = str(agreed.downlink.whole), str(agreed.upload)
         self._log.debug("recipes agreed", round=round_.number, worker=name, down=down, up=up)
-        return replace(context, agreed=agreed)
+        return with_fields(context, agreed=agreed)
 
     def _plan(self, round_: RoundInProgress, context: TaskContext, usual_bytes: int, name: str) -> TaskContext:
         """Give a worker what the plan of its device class says: to train, and to score the last version."""
@@ -183,7 +184,7 @@ class TaskAssigner:
         told = self._workers.description(name)
         sizing = Sizing(self._run.layout, usual_bytes, deadline_s, agreed.upload, down, told)
         local, choice = self._local_models.task_of(worker, sizing, round_.number)
-        return replace(context, local=local, choice=choice if round_.kind is TaskKind.TRAIN else None)
+        return with_fields(context, local=local, choice=choice if round_.kind is TaskKind.TRAIN else None)
 
     async def prepare_again(
         self, round_: RoundInProgress, workers: Mapping[str, str]
@@ -193,7 +194,7 @@ class TaskAssigner:
             return {}
         contexts = {token: round_.context(token) for token in workers}
         sizes = await self._encode(round_.base_version, workers, contexts)
-        return {token: replace(context, download_bytes=sizes[token]) for token, context in contexts.items()}
+        return {token: with_fields(context, download_bytes=sizes[token]) for token, context in contexts.items()}
 
     async def _encode(
         self, version: int, workers: Mapping[str, str], contexts: Mapping[str, TaskContext]

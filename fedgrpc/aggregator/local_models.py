@@ -30,6 +30,7 @@ from fedgrpc.protocol.plans import (
 )
 from fedgrpc.protocol.records import observation_from_proto, prediction_errors, tells_cost
 from fedgrpc.protocol.tensors import channels_from_proto, channels_to_proto
+from fedgrpc.rounds.fields import with_fields
 from fedgrpc.runs.task_context import LocalTask
 from fedgrpc.storage.files import storage_errors, write_file
 from fedgrpc.submodels.channels import ChannelMap, KeptChannels, SubModel
@@ -122,7 +123,7 @@ class LocalModels:
 
     def _choice(self, worker: Worker, sizing: Sizing) -> PlanChoice:
         told = sizing.told
-        about = replace(
+        about = with_fields(
             device_from_proto(worker.registration.device),
             process_bytes=told.process_bytes,
             activation_bytes=told.activation_bytes,

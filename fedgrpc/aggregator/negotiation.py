@@ -49,6 +49,8 @@ _ANYTHING: Final = 1e-6
 _MARKS_PAY: Final = 0.6
 # Elements whose bits tell what those of a larger tensor take.
 _SAMPLE: Final = 1 << 16
+# Different lists of encodings that are read once.
+_LISTS: Final = 256
 
 
 @dataclass(frozen=True)
@@ -80,6 +82,8 @@ class Negotiation:
         if difference is None and download.strip() == AUTO:
             difference = AUTO
         self._difference = None if difference is None else _preferences(difference, AUTO_DIFFERENCE)
+        # The thousands of a fleet list the same, and are checked at every poll.
+        self._lacking = lru_cache(maxsize=_LISTS)(self._lacking_of)
         self.downlinks = tuple(dict.fromkeys(self._downlinks()))
         for recipe in self._difference.recipes if self._difference else ():
             if not recipe.contractive:
@@ -106,6 +110,11 @@ class Negotiation:
     def check(self, registration: RegisterRequest) -> None:
         """Raise UsageError where this run has no recipe that the worker knows."""
         known = _known(registration)
+        if lacking := self._lacking(known):
+            raise UsageError(f"worker {registration.worker!r} knows no encoding of this run's {lacking}")
+
+    def _lacking_of(self, known: Capabilities) -> str:
+        """Say of what there is no recipe, and what there is; "": there is one of everything."""
         for preferences, what in (
             (self._whole, "models"),
             (self._difference, "models"),
@@ -113,10 +122,8 @@ class Negotiation:
         ):
             if preferences is not None and preferences.choose(known, None) is None:
                 recipes = " | ".join(str(recipe) for recipe in preferences.recipes)
-                raise UsageError(
-                    f"worker {registration.worker!r} knows no encoding of this run's {what}, {recipes}; "
-                    f"it lists {known}"
-                )
+                return f"{what}, {recipes}; it lists {known}"
+        return ""
 
     def agreed(self, worker: Worker, history: WorkerHistory) -> Agreed:
         """Return the recipes for a worker. Raises UsageError as `check`."""
@@ -168,7 +175,7 @@ def _known(registration: RegisterRequest) -> Capabilities:
     return _listed(tuple(registration.encodings), COMPRESSION_ZSTD in registration.compressions)
 
 
-@lru_cache(maxsize=256)
+@lru_cache(maxsize=_LISTS)
 def _listed(encodings: tuple[str, ...], zstd: bool) -> Capabilities:
     """Return what a worker knows. Cached: the thousands of a fleet list the same."""
     return Capabilities.listed(encodings, ["zstd"] if zstd else [])

@@ -21,6 +21,7 @@ from fedgrpc.aggregator.settings import AggregatorSettings
 from fedgrpc.protocol.plans import training_plan_from_proto
 from fedgrpc.protocol.secure import secure_task_to_proto
 from fedgrpc.protocol.tasks import Task, task_to_proto
+from fedgrpc.rounds.fields import with_fields
 from fedgrpc.rounds.policy import TaskKind
 from fedgrpc.runs.machine import RunMachine
 from fedgrpc.runs.task_context import TaskContext
@@ -122,7 +123,7 @@ class TaskTerms:
         if context.agreed is not None:
             return context
         agreed = self._negotiation.agreed(self._fleet.get(worker), self._workers.history(worker))
-        return replace(context, agreed=agreed)
+        return with_fields(context, agreed=agreed)
 
     def message(self, worker: str, token: str) -> aggregator_pb2.Task:
         """Return the terms for the worker of an open task. Raises as `given`."""
@@ -148,7 +149,7 @@ class TaskTerms:
         )
         if evaluation is None:
             assert round_ is not None
-            task = replace(
+            task = with_fields(
                 task,
                 kind=round_.kind,
                 seed=_seed(instructions.seed, round_.number, worker),

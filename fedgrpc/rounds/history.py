@@ -9,10 +9,11 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from fedgrpc import claims
 from fedgrpc.rounds.events import LossCause, TaskPhase
+from fedgrpc.rounds.fields import with_fields
 from fedgrpc.rounds.round import Round, RoundPhase
 from fedgrpc.rounds.task import Task
 
@@ -155,20 +156,20 @@ class WorkerHistory:
 
     def chosen(self, round_number: int) -> WorkerHistory:
         """Return the history after the worker got a task."""
-        return replace(self, selected=self.selected + 1, selected_in=round_number)
+        return with_fields(self, selected=self.selected + 1, selected_in=round_number)
 
     def ended(self, cause: LossCause) -> WorkerHistory:
         """Return the history after a task that was lost for `cause`; `NONE`: it was accepted."""
-        return replace(self, endings=(*self.endings, cause)[-KEPT:])
+        return with_fields(self, endings=(*self.endings, cause)[-KEPT:])
 
     def timed(self, timing: Timing) -> WorkerHistory:
         """Return the history after a task whose times are known."""
-        return replace(self, timings=(*self.timings, timing)[-KEPT:])
+        return with_fields(self, timings=(*self.timings, timing)[-KEPT:])
 
     def reported(self, timing: Timing, loss: float | None, example_count: int) -> WorkerHistory:
         """Return the history after an accepted update; `loss` is the mean over its examples."""
         done = self.timed(timing)
-        return replace(done, accepted=self.accepted + 1, loss=loss, example_count=example_count)
+        return with_fields(done, accepted=self.accepted + 1, loss=loss, example_count=example_count)
 
 
 Histories = Mapping[str, WorkerHistory]

@@ -23,6 +23,7 @@ from fedgrpc.rounds.events import (
     Rejected,
     TaskPhase,
 )
+from fedgrpc.rounds.fields import with_fields
 from fedgrpc.rounds.policy import TaskKind
 from fedgrpc.rounds.round import RoundPhase, Streak
 from fedgrpc.rounds.task import Task
@@ -150,7 +151,7 @@ class RunMachine(SummingState):
         if (worker := self.current.state.find(event.token).worker) in self.new_examples:
             # What it was trained on is new no more, before the worker polls and says so.
             self.new_examples[worker] = 0
-        context = replace(self.current.context(event.token), report=event.report)
+        context = with_fields(self.current.context(event.token), report=event.report)
         self.round = self.current.with_contexts({event.token: context})
         return effects
 

@@ -171,7 +171,7 @@ class RoundInProgress:
     ) -> RoundInProgress:
         """Return this round with the weight, the scale and the distance of each update in the mean."""
         merged = {
-            token: replace(
+            token: with_fields(
                 self.context(token), weight=weight, scale=scales.get(token), distance=distances.get(token)
             )
             for token, weight in weights.items()

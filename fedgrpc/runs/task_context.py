@@ -6,13 +6,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 
 from fedgrpc.aggregation import partial_update
 from fedgrpc.aggregation.admission import TensorLike
 from fedgrpc.codec.layout import Layout
 from fedgrpc.codec.recipe import Recipe
+from fedgrpc.rounds.fields import with_fields
 from fedgrpc.rounds.history import Timings
 from fedgrpc.submodels.channels import KeptChannels, SubModel
 from fedgrpc.submodels.plan import LocalModelPlan
@@ -75,7 +76,7 @@ class Report:
 
     def uploaded_in(self, seconds: float) -> Report:
         """Return this report with T_upload as the aggregator saw it: from the first byte to the last."""
-        return replace(self, timings=replace(self.timings, upload_s=seconds))
+        return with_fields(self, timings=with_fields(self.timings, upload_s=seconds))
 
 
 _PLAIN = LocalTask()
