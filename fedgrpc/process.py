@@ -1,7 +1,8 @@
 """Setup of a whole process: standard streams, signals, memory, threads, and what a fork takes along.
 
 The rule: a forked child holds nothing of its parent's. Users' code forks (`multiprocessing.Pool`, data loaders),
-and a child may outlive a parent that was killed. So it gets default signal handlers, no locks and no connections.
+and a child may outlive a parent that was killed. So it gets default signal handlers, no locks and no connections,
+and collects none of its parent's garbage.
 """
 
 from __future__ import annotations
@@ -193,6 +194,8 @@ def _after_fork() -> None:
 
 def _let_go() -> None:
     """Release what belongs to the parent, in a forked child."""
+    # Freeing a finished gRPC call takes gRPC's locks, which a thread of the parent may have held at the fork.
+    gc.freeze()
     if _handles_signals:
         # The wake-up pipe is shared: a signal to the child would wake the parent's event loop.
         signal.set_wakeup_fd(-1)

@@ -1,6 +1,7 @@
 """What a process sets up for itself, and what its children do not take along."""
 
 import fcntl
+import gc
 import os
 import signal
 import socket
@@ -65,6 +66,26 @@ def test_a_forked_child_has_neither_end_of_a_connection_of_ours_and_keeps_those_
             mine = [ours.fileno(), dialled.fileno(), accepted.fileno()]
             assert in_child(lambda: not any(map(_open, mine)) and _open(theirs.fileno()))
             assert all(map(_open, mine))
+
+
+def test_a_forked_child_finalizes_no_garbage_of_its_parents():
+    finalized = []
+
+    class Cycle:
+        def __init__(self):
+            self.itself = self
+
+        def __del__(self):
+            finalized.append(True)
+
+    gc.disable()
+    try:
+        Cycle()
+        assert in_child(lambda: gc.collect() is not None and not finalized)
+    finally:
+        gc.enable()
+    gc.collect()
+    assert finalized
 
 
 def test_a_forked_child_has_default_signal_handlers_and_wakes_no_event_loop():
