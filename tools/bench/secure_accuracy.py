@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+
 import numpy as np
 
 from fedgrpc.codec.layout import Array
 from fedgrpc.datasets.fashion_mnist import load_fashion_mnist
 from fedgrpc.datasets.partition import Dirichlet
+from fedgrpc.privacy.bounded_rounding import grid_bound
 from fedgrpc.privacy.secure_vector import SecureVector, bounds_after
 from tools.bench.secure_sum import VirtualSum
 
@@ -65,6 +68,21 @@ def _secure_mean(
     ]
     world.arrive()
     return vector.means(world.unmasked(world.sum_of(packed, vector.size), world.answer()))
+
+
+def lengths_left(bits: Sequence[int], seed: int) -> Iterator[list[float]]:
+    """Yield for each device how much of its first update's length the grids for noise hold, at these bits.
+
+    The clip norm is the length of the update.
+    """
+    rng, data = np.random.default_rng(seed), load_fashion_mnist()
+    train, model = inputs_of(data.train.inputs), first_model(rng)
+    for part in Dirichlet(0.5).split(data.train.labels, _WORKERS, seed):
+        trained = trained_from(model, train[part], data.train.labels[part], 0.1, rng)
+        update = np.concatenate([(trained[name] - model[name]).ravel() for name in model])
+        norm = float(np.linalg.norm(update))
+        bounds = [grid_bound(norm, update.size, each) for each in bits]
+        yield [float(np.linalg.norm(np.clip(update, -bound, bound))) / norm for bound in bounds]
 
 
 def first_model(rng: np.random.Generator) -> Tensors:

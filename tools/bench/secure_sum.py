@@ -232,6 +232,14 @@ def accuracy(arguments: argparse.Namespace) -> None:
         )
 
 
+def reach(arguments: argparse.Namespace) -> None:
+    from tools.bench.secure_accuracy import lengths_left
+
+    for device, share in enumerate(lengths_left(arguments.bits, arguments.seed)):
+        left = ", ".join(f"{bits} bits {part:.3f}" for bits, part in zip(arguments.bits, share, strict=True))
+        print(f"device {device}: length left on the grid for noise: {left}", flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     commands = parser.add_subparsers(required=True)
@@ -246,6 +254,10 @@ def main() -> None:
     scores.add_argument("--rounds", type=int, default=15)
     scores.add_argument("--seeds", type=int, default=2)
     scores.set_defaults(run=accuracy)
+    limits = commands.add_parser("reach")
+    limits.add_argument("--bits", type=int, nargs="+", default=[4, 5, 6, 8])
+    limits.add_argument("--seed", type=int, default=0)
+    limits.set_defaults(run=reach)
     arguments = parser.parse_args()
     arguments.run(arguments)
 
