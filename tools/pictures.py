@@ -18,7 +18,7 @@ from fedgrpc.plots import COLOURS, TEXT_PT, label_points, legend_below, new_figu
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
 Row = Mapping[str, str]
-ROBUST_FLEETS = ("iid, 20 workers", "dirichlet:0.5, 20 workers")
+ROBUST_FLEETS = ("iid, 20 workers", "dirichlet:0.5, 20 workers", "dirichlet:0.5, 50 workers")
 # (epsilon, mean accuracy, its standard deviation)
 Curve = Sequence[tuple[float, float, float]]
 
