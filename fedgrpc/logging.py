@@ -26,6 +26,7 @@ _SECRET_KEYS: Final = frozenset({"token", "tokens", "password", "secret", "key",
 _MAX_TEXT_CHARS: Final = 1000
 _MAX_ITEMS: Final = 20
 _MAX_DEPTH: Final = 3
+_chosen = ("info", "auto")
 _SCALARS: Final = (bool, int, float, type(None))
 
 
@@ -38,7 +39,14 @@ def configure(level: str = "info", log_format: str = "auto", stream: TextIO | No
     Raises:
         UsageError: there is no such level or format.
     """
+    global _chosen
+    _chosen = level, log_format
     _configure_standard_logging(*configure_own(level, log_format, stream))
+
+
+def chosen() -> tuple[str, str]:
+    """Return level and format that this process was configured with, for a process that it starts."""
+    return _chosen
 
 
 def configure_own(

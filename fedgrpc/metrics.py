@@ -11,6 +11,7 @@ import threading
 from collections import Counter as Counted
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from itertools import islice
 from socketserver import ThreadingMixIn
 from typing import Final
@@ -35,6 +36,7 @@ from fedgrpc.process import keep_from_children
 from fedgrpc.protocol.records import prediction_errors
 from fedgrpc.rounds.events import LossCause
 from fedgrpc.rpc.address import Address
+from fedgrpc.rpc.ingest import IngestProcesses
 from fedgrpc.v1.round_pb2 import Jump, Round, RoundPhase, TaskPhase, TaskRecord
 
 # They double the page and say nothing that a restart of the process does not.
@@ -190,6 +192,15 @@ def _live_workers(registry: CollectorRegistry) -> Gauge:
     return Gauge("fedgrpc_live_workers", "Workers heard of within a lease", registry=registry)
 
 
+# Name, description, and what it shows of `IngestProcesses`: where there are some.
+INGEST_GAUGES: Final = (
+    ("fedgrpc_ingest_processes", "Ingest processes that accept connections", "serving_count"),
+    ("fedgrpc_ingest_restarts", "Ingest processes that died and were started again", "restarts"),
+    ("fedgrpc_ingest_memory_bytes", "Resident memory of all ingest processes", "memory_bytes"),
+    ("fedgrpc_ingest_cpu_seconds", "CPU time of the ingest processes that run now", "cpu_s"),
+)
+
+
 class ProcessMetrics(Collector):
     """The metrics of an aggregator: of its process, and of each of its runs, with the label `run`."""
 
@@ -199,7 +210,19 @@ class ProcessMetrics(Collector):
         Info("fedgrpc_build", "Version of this program", registry=registry).info({"version": __version__})
         self._live_workers = _live_workers(registry)
         self._runs: dict[str, Metrics] = {}
+        self._ingest: IngestProcesses | None = None
         registry.register(self)
+
+    def show_ingest(self, processes: IngestProcesses | None) -> None:
+        """Show the ingest processes of the aggregator's server, if it has some."""
+        first, self._ingest = self._ingest is None, processes
+        if processes is None or not first:
+            return
+        for name, text, of in INGEST_GAUGES:
+            Gauge(name, text, registry=self.registry).set_function(partial(self._ingest_figure, of))
+
+    def _ingest_figure(self, name: str) -> float:
+        return float(getattr(self._ingest, name, 0))
 
     def of(self, run: str) -> Metrics:
         """Return the metrics of a run. A run that is closed and opened again counts on."""

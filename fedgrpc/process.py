@@ -31,6 +31,8 @@ _M_TRIM_THRESHOLD: Final = -1
 _M_MMAP_THRESHOLD: Final = -3
 _M_ARENA_MAX: Final = -8
 _ARENAS: Final = 1
+# <sys/prctl.h>
+_PR_SET_PDEATHSIG: Final = 1
 # Larger blocks come from the system and go back to it. glibc accepts no higher threshold.
 _LARGE_BYTES: Final = 32 << 20
 _KEPT_BYTES: Final = 256 << 20
@@ -141,6 +143,28 @@ def peak_memory_bytes() -> int:
                 return int(line.split()[1]) * 1024
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+def resident_bytes(pid: int) -> int:
+    """Resident memory of a process of Linux now; 0 without such a process."""
+    with suppress(OSError), open(f"/proc/{pid}/statm") as file:
+        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    return 0
+
+
+def used_cpu_s(pid: int) -> float:
+    """User and system time of a process of Linux so far; 0 without such a process."""
+    with suppress(OSError), open(f"/proc/{pid}/stat") as file:
+        # Behind the name, which may hold anything.
+        user, system = file.read().rpartition(")")[2].split()[11:13]
+        return (int(user) + int(system)) / os.sysconf("SC_CLK_TCK")
+    return 0.0
+
+
+def die_with_parent() -> None:
+    """Have the kernel kill this process when its parent dies, on Linux (prctl(2), PR_SET_PDEATHSIG)."""
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 @contextmanager

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 
 from fedgrpc.claims import printable
-from fedgrpc.v1.aggregator_pb2 import Run, RunPhase
+from fedgrpc.v1.aggregator_pb2 import IngestProcesses, Run, RunPhase
 from fedgrpc.v1.round_pb2 import Jump, ModelVersion, Round, RoundPhase, TaskKind, TaskPhase, TaskRecord
 
 # Phases of tasks whose update does not count, and of tasks that have ended.
@@ -93,6 +93,12 @@ def run_line(run: Run) -> str:
         parts.append(f"best {version_text(run.best)}")
     reason = run.reason or run.paused_reason
     return printable(" · ".join(parts) + (f" ({reason})" if reason else ""))
+
+
+def ingest_line(ingest: IngestProcesses) -> str:
+    """Describe the ingest processes of an aggregator in one line."""
+    took = f"{ingest.restarts} restarts, {size(ingest.memory_bytes)} of memory"
+    return f"ingest: {ingest.serving} of {ingest.wanted} processes, {took}"
 
 
 def version_text(version: ModelVersion) -> str:

@@ -24,6 +24,9 @@ from fedgrpc.errors import StorageError
 from fedgrpc.rpc.framing import message_of, parse
 from fedgrpc.storage.files import read_pieces, storage_errors
 
+# What all streams share, and what they may have in flight: both without regard to the number of workers.
+CACHE_BYTES = 16 << 20
+SENDING_BYTES = 16 << 20
 _BATCH_BYTES = 4 << 20
 # A message costs about as much as copying this much.
 _LEAST_BYTES = 16 << 10

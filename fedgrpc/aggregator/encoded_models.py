@@ -19,7 +19,7 @@ from typing import Final
 
 import structlog
 
-from fedgrpc.aggregator.chunk_cache import ChunkCache, PayloadFile
+from fedgrpc.aggregator.chunk_cache import CACHE_BYTES, SENDING_BYTES, ChunkCache, PayloadFile
 from fedgrpc.aggregator.delta_bases import DeltaBases, Held
 from fedgrpc.aggregator.model_store import ModelStore, Signature, outdated
 from fedgrpc.aggregator.payload_encoder import EncodedModel, FindChannels, PayloadEncoder, Pull, Variant
@@ -30,9 +30,6 @@ from fedgrpc.storage.files import make_private, storage_errors
 
 log = structlog.get_logger()
 
-# What all streams share, and what they may have in flight: both without regard to the number of workers.
-_CHUNK_CACHE_BYTES: Final = 16 << 20
-_SENDING_BYTES: Final = 16 << 20
 # Workers that hold other bases than these few get the whole model, and so hold the same one again.
 _MAX_DIFFERENCES: Final = 3
 # Encoding a model may take minutes. Uploads have threads of their own, so they do not wait for it.
@@ -69,7 +66,7 @@ class EncodedModels:
         self._asked: dict[Variant, tuple[int, Downlink]] = {}
         self._early: dict[Variant, Signature] = {}
         self._encoders = ThreadPoolExecutor(_ENCODERS, thread_name_prefix="encoding")
-        self.chunk_cache = ChunkCache(_CHUNK_CACHE_BYTES, _SENDING_BYTES, max_chunk_bytes=max_chunk_bytes)
+        self.chunk_cache = ChunkCache(CACHE_BYTES, SENDING_BYTES, max_chunk_bytes=max_chunk_bytes)
 
     def close(self) -> None:
         """Begin no further encoding."""

@@ -35,6 +35,7 @@ from fedgrpc.protocol.secure import keys_from_proto
 from fedgrpc.rpc import framing
 from fedgrpc.rpc.admission import caller, note
 from fedgrpc.rpc.identity import Session, is_on_this_machine, peer_of
+from fedgrpc.rpc.ingest import IngestProcesses
 from fedgrpc.runs.events import DeviceReplaced
 from fedgrpc.v1 import aggregator_pb2 as pb
 from fedgrpc.v1 import aggregator_pb2_grpc
@@ -73,6 +74,7 @@ class HostService(aggregator_pb2_grpc.AggregatorServicer):
         self._sessions = runs.common.sessions
         self._clock = runs.common.clock
         self._along = ModelsAlong()
+        self.ingest: IngestProcesses | None = None
 
     def max_header_bytes(self) -> int:
         """Size of the largest header that an update of any run can need."""
@@ -313,7 +315,17 @@ class HostService(aggregator_pb2_grpc.AggregatorServicer):
         return await self._of_run("GetPrivacy", request, context)  # type: ignore[no-any-return]
 
     async def GetRun(self, request: pb.GetRunRequest, context: Context) -> pb.GetRunResponse:
-        return await self._of_run("GetRun", request, context)  # type: ignore[no-any-return]
+        response: pb.GetRunResponse = await self._of_run("GetRun", request, context)
+        if (ingest := self.ingest) is not None:
+            response.run.ingest.CopyFrom(
+                pb.IngestProcesses(
+                    wanted=ingest.wanted_count,
+                    serving=ingest.serving_count,
+                    restarts=ingest.restarts,
+                    memory_bytes=ingest.memory_bytes,
+                )
+            )
+        return response
 
     async def GetRound(self, request: pb.GetRoundRequest, context: Context) -> pb.GetRoundResponse:
         return await self._of_run("GetRound", request, context)  # type: ignore[no-any-return]

@@ -8,8 +8,9 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Protocol
@@ -17,10 +18,18 @@ from typing import Protocol
 import structlog
 
 from fedgrpc import claims
+from fedgrpc.aggregator.ingest_uploads import Stored, UploadOrder
 from fedgrpc.aggregator.round_records import VersionScores
 from fedgrpc.aggregator.run_shell import RunShell
 from fedgrpc.aggregator.settings import AggregatorSettings
-from fedgrpc.aggregator.update_checks import ExpectedUpdate, decoding_bytes, examine, max_header_bytes, verify
+from fedgrpc.aggregator.update_checks import (
+    DECODING_BYTES,
+    ExpectedUpdate,
+    decoding_bytes,
+    examine,
+    max_header_bytes,
+    verify,
+)
 from fedgrpc.aggregator.upload_queue import UploadSlots, UploadStream
 from fedgrpc.aggregator.upload_reader import ByteBudget, UploadChunks, UploadReader
 from fedgrpc.aggregator.uploads_in_progress import UploadsInProgress, may_have_sides
@@ -28,9 +37,18 @@ from fedgrpc.aio import to_its_end
 from fedgrpc.codec.chunk import FIRST_CHUNK_BYTES, Chunk
 from fedgrpc.codec.layout import Layout
 from fedgrpc.codec.manifest import Manifest
-from fedgrpc.errors import CodecError, LayoutError, RoundClosed, StorageError, TooLargeError, UpdateRefused
+from fedgrpc.errors import (
+    CodecError,
+    Exhausted,
+    LayoutError,
+    RoundClosed,
+    StorageError,
+    TooLargeError,
+    UpdateRefused,
+)
 from fedgrpc.protocol.records import metrics_from_proto
 from fedgrpc.rounds.events import Progress, TaskPhase
+from fedgrpc.rpc.relayed_calls import RelayedCall
 from fedgrpc.runs.evaluations import Evaluation
 from fedgrpc.runs.events import UpdateAccepted
 from fedgrpc.runs.merge import Weighing
@@ -42,10 +60,9 @@ from fedgrpc.v1.aggregator_pb2 import UpdateHeader
 
 # How often the round hears how far an upload is. Each chunk would cost an event.
 _PROGRESS_INTERVAL_S = 0.1
-# Updates that are verified at the same time, and memory all together; threads, which then wait for the disk.
+# Updates that are verified at the same time; threads, which then wait for the disk.
 _CHECKERS = 4
 _SEALERS = 16
-_DECODING_BYTES = 64 << 20
 
 log = structlog.get_logger()
 
@@ -67,11 +84,13 @@ class Arrival:
         self.manifest = manifest
         self.upload: Upload | None = None
         self._journal = journal
+        # Bytes in the file, as far as an ingest process that fills it has told.
+        self.told_bytes = 0
 
     @property
     def size_bytes(self) -> int:
         """Bytes in the file; 0 before it is opened."""
-        return 0 if self.upload is None else self.upload.size_bytes
+        return self.told_bytes if self.upload is None else self.upload.size_bytes
 
     def opened(self) -> Upload:
         """Return the upload, begun or continued by the first call. Blocks. Raises `StorageError`."""
@@ -129,7 +148,7 @@ class Receiver:
         self._expected = expected
         self._slots = UploadSlots(settings.max_uploads)
         self._memory = ByteBudget(settings.max_upload_memory_bytes)
-        self._decoding = ByteBudget(_DECODING_BYTES)
+        self._decoding = ByteBudget(DECODING_BYTES)
         self._checkers = ThreadPoolExecutor(_SEALERS, thread_name_prefix="checking")
         self._checking = threading.BoundedSemaphore(_CHECKERS)
         self._header_of: Layout = ()
@@ -177,6 +196,8 @@ class Receiver:
             arrival, is_new = Arrival(self._journal, header, manifest), token not in self._begun
             self._begun.setdefault(token, time.monotonic())
             try:
+                if whole is None and isinstance(chunks, UploadChunks) and chunks.relayed is not None:
+                    return await self._store_there(arrival, report, expected, chunks.relayed, stream)
                 if whole is None and (not is_new or may_have_sides(manifest.size_bytes)):
                     # How much is there already tells how fast it comes, and which stream has the next chunk.
                     await asyncio.to_thread(arrival.opened)
@@ -188,6 +209,9 @@ class Receiver:
     async def receive_beside(self, worker: str, token: str, chunks: UploadChunks) -> None:
         """Take the chunks of a side stream. Raises as `PushUpdate` in aggregator.proto says."""
         await self._shell.check_open(worker, token)
+        if chunks.relayed is not None:
+            # Its upload may be at another ingest process, and one process at a time writes to a file.
+            raise Exhausted("an upload through ingest processes has one stream; go on with that")
         await self._in_progress.take_beside(token, chunks)
 
     async def held(self, worker: str, token: str) -> Held:
@@ -280,6 +304,58 @@ class Receiver:
                 await asyncio.to_thread(arrival.close, discard)
         return size_bytes, True
 
+    async def _store_there(
+        self,
+        arrival: Arrival,
+        report: Report,
+        expected: ExpectedUpdate,
+        call: RelayedCall,
+        stream: UploadStream,
+    ) -> tuple[int, bool]:
+        """Have the ingest process of the call commit the chunks, and accept the update once it is whole."""
+        header, size_bytes = arrival.header, arrival.manifest.size_bytes
+        stream.carries(arrival)
+        self._tell(arrival, stream)
+
+        def hear(told_bytes: int) -> None:
+            arrival.told_bytes = told_bytes
+            if told_bytes == size_bytes:
+                stream.complete()
+            elif stream.closed_for is None:
+                self._tell(arrival, stream)
+
+        try:
+            with self._sealing(header.token):
+                came = Stored(await call.do(self._order(header, expected), hear))
+            if came is Stored.PART:
+                return arrival.size_bytes, False
+            took_s = time.monotonic() - self._begun.get(header.token, time.monotonic())
+            uploaded = report.uploaded_in(took_s)
+            if came is Stored.SEALED:
+                await self._count_sealed(header.token, uploaded, expected)
+            else:
+                seal = partial(self._finished, arrival, None, expected)
+                await to_its_end(self._accept(header, arrival.manifest, uploaded, expected, seal))
+            self._data_folder.works(Use.UPDATES)
+        except (RoundClosed, asyncio.CancelledError) as error:
+            if isinstance(error, RoundClosed) or stream.closed_for is not None:
+                await asyncio.to_thread(self._journal.discard, [header.token])
+            raise
+        finally:
+            if arrival.upload is not None:
+                await asyncio.to_thread(arrival.close, False)
+        return size_bytes, True
+
+    def _order(self, header: UpdateHeader, expected: ExpectedUpdate) -> bytes:
+        settings, plain = self._settings, expected.takes_plain(header)
+        return UploadOrder(
+            folder=self._journal.folder,
+            durable=settings.durable,
+            idle_s=settings.policy.lease_s,
+            max_chunk_bytes=settings.max_chunk_bytes,
+            admission=expected.admission if plain else None,
+        ).encoded(header)
+
     def _finished(self, arrival: Arrival, last: Chunk | None, expected: ExpectedUpdate) -> StoredUpdate:
         """Commit the last chunk, if there is one, and return the accepted update. Raises as `_verify_and_seal`."""
         if last is not None:
@@ -317,8 +393,19 @@ class Receiver:
         size_bytes = decoding_bytes(manifest)
         await self._decoding.take(size_bytes)
         try:
-            loop = asyncio.get_running_loop()
-            sealed = await loop.run_in_executor(self._checkers, seal)
+            with self._sealing(token):
+                loop = asyncio.get_running_loop()
+                sealed = await loop.run_in_executor(self._checkers, seal)
+        finally:
+            self._decoding.give_back(size_bytes)
+        self._journal.remember(token, sealed)
+        await self._count_sealed(token, report, expected)
+
+    @contextmanager
+    def _sealing(self, token: str) -> Iterator[None]:
+        """Record a refusal of the update that the block checks and seals."""
+        try:
+            yield
         except StorageError:
             # A round that has closed meanwhile has swept its uploads away: that is no fault of the disk.
             if not self._run.takes_update(token):
@@ -327,9 +414,9 @@ class Receiver:
         except UpdateRefused as error:
             self._shell.reject(token, str(error))
             raise
-        finally:
-            self._decoding.give_back(size_bytes)
-        self._journal.remember(token, sealed)
+
+    async def _count_sealed(self, token: str, report: Report, expected: ExpectedUpdate) -> None:
+        """Count a durable update. Raises `RoundClosed` when it came too late, and removes it."""
         try:
             self._count(token, report, expected.weighing)
         except RoundClosed:

@@ -16,6 +16,7 @@ import structlog
 from fedgrpc.aggregator.coordinator import Coordinator
 from fedgrpc.aggregator.driver import Rounds
 from fedgrpc.aggregator.host_service import HostService
+from fedgrpc.aggregator.ingest import ingest_of
 from fedgrpc.aggregator.model_service import ModelService
 from fedgrpc.aggregator.own_rounds import OwnRounds
 from fedgrpc.aggregator.registry import WorkerRegistry
@@ -30,6 +31,7 @@ from fedgrpc.identity.folder import warn_if_open
 from fedgrpc.metrics import ProcessMetrics
 from fedgrpc.process import on_end_signal, reuse_memory
 from fedgrpc.rpc.channel import MAX_MESSAGE_BYTES
+from fedgrpc.rpc.ingest import IngestProcesses
 from fedgrpc.rpc.server import (
     AGGREGATOR,
     Health,
@@ -85,6 +87,7 @@ class Aggregator:
         self.runs: RunDirectory | None = None
         self.trust: Trust | None = None
         self.port = 0
+        self.ingest: IngestProcesses | None = None
 
     async def run(self, ready: Callable[[int], None] | None = None) -> int:
         """Serve until the run has ended and its workers know (0), or until told to stop (128 + signal).
@@ -129,11 +132,13 @@ class Aggregator:
                         admission=trust.admission,
                         local_address=local_address,
                         grace_s=settings.drain_s,
+                        ingest=ingest_of(settings),
                         options=[("grpc.max_receive_message_length", self._max_message_bytes(service))],
                     ) as server,
                     self._beside(trust, local_address),
                 ):
-                    self.port = server.port
+                    self.port, self.ingest, service.ingest = server.port, server.ingest, server.ingest
+                    self._metrics.show_ingest(server.ingest)
                     await self._serve(server, folder, ready)
                     runs.release_calls()
             finally:

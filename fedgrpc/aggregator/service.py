@@ -11,6 +11,7 @@ import grpc.aio
 
 from fedgrpc.aggregator.coordinator import Coordinator
 from fedgrpc.aggregator.delta_bases import Held
+from fedgrpc.aggregator.ingest_downloads import download_order
 from fedgrpc.aggregator.negotiation import RAW, reduction_for
 from fedgrpc.aggregator.payload_encoder import EncodedModel, Pull
 from fedgrpc.aggregator.receiver import Receiver
@@ -38,6 +39,7 @@ from fedgrpc.protocol.tensors import chunk_from_proto
 from fedgrpc.rounds.events import TaskPhase
 from fedgrpc.rpc.admission import caller, quota_key
 from fedgrpc.rpc.identity import Session, peer_of
+from fedgrpc.rpc.relayed_calls import RelayedCall
 from fedgrpc.runs.task_context import Downlink
 from fedgrpc.v1 import aggregator_pb2 as pb
 from fedgrpc.v1 import aggregator_pb2_grpc
@@ -130,6 +132,9 @@ class AggregatorService(aggregator_pb2_grpc.AggregatorServicer):
             raise WrongOffset(f"offset {request.offset} is beyond the payload of {size_bytes} bytes")
         await context.write(encoded.header)
         if encoded.payload is None:
+            return
+        if isinstance(context, RelayedCall):
+            await context.do(download_order(encoded.payload, request.offset, self._settings.max_chunk_bytes))
             return
         async with aclosing(self._models.chunk_cache.messages(encoded.payload, request.offset)) as messages:
             async for message in messages:

@@ -34,6 +34,7 @@ from fedgrpc.rounds.selection import SelectionPolicy
 from fedgrpc.rounds.selector import UNIFORM
 from fedgrpc.rpc.address import Address
 from fedgrpc.rpc.channel import MAX_CHUNK_BYTES, Tls
+from fedgrpc.rpc.relay import MAX_PROCESSES
 from fedgrpc.runs.eligibility import parse as parse_requires
 from fedgrpc.runs.scheduler import Share
 from fedgrpc.submodels.plan import covers_all
@@ -143,6 +144,7 @@ class AggregatorSettings:
     durable: bool = True
     stay: bool = False
     drain_s: float = 10.0
+    ingest: int = 0
     tls: Tls | None = None
     insecure: bool = False
     track: tuple[str, ...] = ()
@@ -361,6 +363,8 @@ class AggregatorSettings:
             raise UsageError(f"poll_wait_s must be a positive number of seconds, not {self.poll_wait_s:g}")
         if not 0 <= self.drain_s < math.inf:
             raise UsageError(f"drain_s must be a number of seconds from 0, not {self.drain_s:g}")
+        if not 0 <= self.ingest <= MAX_PROCESSES:
+            raise UsageError(f"ingest must be a number of processes from 0 to {MAX_PROCESSES}, not {self.ingest}")
         for name, least in (("certificate_life_s", MIN_LIFE_S), ("renewal_grace_s", 0.0)):
             if not least <= getattr(self, name) <= MAX_LIFE_S:
                 raise UsageError(f"{name} must be from {least:g} to {MAX_LIFE_S:g}, not {getattr(self, name):g}")

@@ -22,7 +22,6 @@ from itertools import count
 from pathlib import Path
 from typing import Any, Final
 
-import grpc
 import structlog
 
 from fedgrpc.aggregator.identity_service import IdentityService, PutOut
@@ -38,7 +37,7 @@ from fedgrpc.privacy.one_time_keys import PublicKeys
 from fedgrpc.rpc.address import Address, local_address
 from fedgrpc.rpc.admission import Admission
 from fedgrpc.rpc.server import Service, identity_service
-from fedgrpc.rpc.server_tls import ServerTls, reloading_credentials
+from fedgrpc.rpc.server_tls import ServerTls, TlsMaterial
 from fedgrpc.storage.files import make_private, storage_errors
 
 _SERVER_LIFE_S: Final = 90 * 86_400.0
@@ -65,24 +64,22 @@ class AuthorityTls:
         self._key = make_key()
         self._issued_at = clock()
 
-    def server_credentials(self) -> Any:
+    def revision(self) -> object:
         """See `ServerTls`."""
-        return reloading_credentials(self._configuration, self._revision, asks=True)
-
-    def _revision(self) -> object:
         now = self._clock()
         if not self._issued_at <= now < self._issued_at + _RENEW_AFTER * _SERVER_LIFE_S:
             self._issued_at = now
         return self._issued_at, self._identities.anchors_revision
 
-    def _configuration(self) -> Any:
+    def material(self) -> TlsMaterial:
+        """See `ServerTls`."""
         until = self._issued_at + _SERVER_LIFE_S
         key, authorities = key_pem(self._key), self._identities.authorities
         own = [each.issue_server(self._key.public_key(), self._hosts, until) for each in authorities]
         # Those who join look for the authority that their token names, in whichever chain they get.
         shown = [each.certificate for each in authorities]
-        pairs = [(key, pem_of(certificate, *shown)) for certificate in own]
-        return grpc.ssl_server_certificate_configuration(pairs, pem_of(*self._identities.anchors()))
+        pairs = tuple((key, pem_of(certificate, *shown)) for certificate in own)
+        return TlsMaterial(pairs, pem_of(*self._identities.anchors()), asks=True)
 
 
 class Trust:

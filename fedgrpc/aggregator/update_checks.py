@@ -39,7 +39,8 @@ from fedgrpc.storage.update_file import StoredUpdate, UpdateFile
 from fedgrpc.submodels.channels import KeptChannels
 from fedgrpc.v1.aggregator_pb2 import UpdateHeader
 
-# Decoding one update: its frames and pieces, and this many arrays of its largest tensor.
+# What is decoded at a time. One update takes its frames and pieces, and this many arrays of its largest tensor.
+DECODING_BYTES = 64 << 20
 _BESIDE_BYTES = 8 << 20
 _ARRAYS = 4
 # What a header has beside its manifest; what an entry has beside its name and shape; entries for a tensor, and as
@@ -93,6 +94,11 @@ class ExpectedUpdate:
     weighing: Weighing
     masked: MaskedWords | None = None
 
+    def takes_plain(self, header: UpdateHeader) -> bool:
+        """Return whether it is one device's update of the whole model, which its own bytes suffice to check."""
+        trains = self.kind is TaskKind.TRAIN and self.masked is None
+        return trains and self.local.plain and not header.merged_updates
+
 
 def examine(header: UpdateHeader, expected: ExpectedUpdate) -> tuple[Manifest, Report]:
     """Check all that can be known before the first byte.
@@ -133,19 +139,28 @@ def verify(stored: StoredUpdate, expected: ExpectedUpdate) -> None:
         # Masked values look like any others: devices check theirs, and the sum is checked.
         expected.masked.check(stored)
         return
+    if expected.takes_plain(stored.header):
+        check_plain(stored, expected.admission)
+        return
     file, policy, layout = stored.open(), expected.admission, expected.layout
     variances = tuple(spec for spec in layout or stored.manifest.layout if spec.is_variance)
     with file as reader:
         if expected.kind is TaskKind.INITIALIZE:
             # A statistic without any measurement yet, or a mask, may be infinite.
             check_values(((spec, values) for spec, values in file.pieces() if spec.is_trained), policy)
-        elif expected.local.plain and not stored.header.merged_updates:
-            _check_plain(file, policy)
+            check_variances((spec, reader.tensor(spec.name)) for spec in variances if spec.name in reader.names)
         else:
             check_values(_decoded(file, stored.header, layout, expected.kept), policy)
             check_variances(_decoded(file, stored.header, variances, expected.kept))
-            return
-        check_variances((spec, reader.tensor(spec.name)) for spec in variances if spec.name in reader.names)
+
+
+def check_plain(stored: StoredUpdate, policy: AdmissionPolicy) -> None:
+    """Check the tensors of one device's update of the whole model. Raises `CodecError` and `UpdateRefused`."""
+    file = stored.open()
+    with file as reader:
+        _check_plain(file, policy)
+        variances = (spec for spec in stored.manifest.layout if spec.is_variance)
+        check_variances((spec, reader.tensor(spec.name)) for spec in variances)
 
 
 def _check_masked(header: UpdateHeader, manifest: Manifest, size_bytes: int) -> None:

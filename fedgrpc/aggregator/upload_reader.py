@@ -26,6 +26,7 @@ from fedgrpc.codec.chunk import CHUNK_BYTES, Chunk
 from fedgrpc.codec.manifest import Manifest
 from fedgrpc.errors import LayoutError, LinkError, TooLargeError
 from fedgrpc.rpc.framing import SIDE_KEY
+from fedgrpc.rpc.relayed_calls import RelayedCall
 
 _LEAST_BYTES = 16 << 10
 # A chunk costs some 100 us, however small it is, so many tiny chunks are refused. A few are harmless.
@@ -101,9 +102,19 @@ class UploadChunks:
         message = await self._context.read()
         if message is grpc.aio.EOF:
             raise StopAsyncIteration
-        if not isinstance(message, Chunk):
-            raise LayoutError("after the first message of an update come chunks, nothing else")
-        return message
+        return chunk_of(message)
+
+    @property
+    def relayed(self) -> RelayedCall | None:
+        """The call, where an ingest process can take its chunks; None: they are to be read here."""
+        return self._context if isinstance(self._context, RelayedCall) else None
+
+
+def chunk_of(message: object) -> Chunk:
+    """Return a message as a chunk. Raises `LayoutError` for any other."""
+    if not isinstance(message, Chunk):
+        raise LayoutError("after the first message of an update come chunks, nothing else")
+    return message
 
 
 class Arriving(Protocol):

@@ -346,6 +346,10 @@ SETTINGS: list[Setting] = [
         name="heartbeat_interval_s",
         type=DURATION,
     ),
+    _service(
+        "--ingest",
+        "Processes that share the port and take TLS and gRPC from the run's own; 0: none (docs/guide/operate.md).",
+    ),
     _service("--drain", "How long SIGTERM waits for calls in flight.", name="drain_s", type=DURATION),
     _service(
         "--witness",
@@ -400,7 +404,7 @@ PROCESS_NAMES: Final = frozenset(
     {
         *("data_dir", "address", "run_name", "port_file", "metrics_address", "web_address", "stay", "config"),
         *("max_chunk_bytes", "max_payload_bytes", "max_uploads", "max_upload_memory_bytes", "durable"),
-        *("max_workers", "poll_wait_s", "heartbeat_interval_s", "drain_s", "lease_s"),
+        *("max_workers", "poll_wait_s", "heartbeat_interval_s", "drain_s", "lease_s", "ingest"),
         *("insecure", "certificate_life_s", "renewal_grace_s", "tls_cert", "tls_key", "tls_ca"),
         *("upstream", "upstream_name", "upstream_join", "upstream_tls", "upstream_tls_ca"),
         *("upstream_tls_cert", "upstream_tls_key", "log_level", "log_format"),

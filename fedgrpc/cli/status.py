@@ -40,7 +40,7 @@ from fedgrpc.storage.run_store import RunStore
 from fedgrpc.v1 import aggregator_pb2 as pb
 from fedgrpc.v1.aggregator_pb2 import Run, RunPhase, WorkerRecord
 from fedgrpc.v1.round_pb2 import Round
-from fedgrpc.words import SETTLED, round_line, round_phase, run_line, run_phase, scored_line
+from fedgrpc.words import SETTLED, ingest_line, round_line, round_phase, run_line, run_phase, scored_line
 
 _show = Declare("What to show")
 _RUN: Final = click.Argument(["run_name"], metavar="[RUN]", required=False, default="")
@@ -160,6 +160,8 @@ def _print(status: RunStatus, values: dict[str, Any]) -> None:
         console.print(
             "NOT_SERVING: the data folder fails, or the aggregator is ending; see its log", highlight=False
         )
+    if run.HasField("ingest"):
+        console.print(ingest_line(run.ingest), highlight=False)
     tables = [rounds_table(rounds), workers_table(workers, run.name)]
     predictions = predictions_table(latest)
     if values["plans"]:

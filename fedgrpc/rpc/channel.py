@@ -5,7 +5,7 @@ from __future__ import annotations
 import ssl
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import grpc
 import grpc.aio
@@ -13,6 +13,9 @@ import grpc.aio
 from fedgrpc.errors import UsageError
 from fedgrpc.process import keep_from_children
 from fedgrpc.rpc.address import Address, dialled
+
+if TYPE_CHECKING:
+    from fedgrpc.rpc.server_tls import TlsMaterial
 
 Options = list[tuple[str, int | str]]
 
@@ -106,27 +109,23 @@ class Tls:
     key: Path | None = None
     server_name: str = ""
 
-    def server_credentials(self) -> Any:
-        """Return the credentials to listen with.
+    def material(self) -> TlsMaterial:
+        """Read the files of a server (`fedgrpc.rpc.server_tls.ServerTls`).
 
         Raises:
             UsageError: a file is missing, unreadable or no PEM of the right kind.
+            OSError: it has gone meanwhile.
         """
-        if self.certificate is None:
+        if self.certificate is None or self.key is None:
             raise UsageError("TLS needs a server certificate and its key")
         # Not above: a container's health check, which only dials, is to load nothing more.
-        from fedgrpc.rpc.server_tls import reloading_credentials
+        from fedgrpc.rpc.server_tls import TlsMaterial
 
         self._check()
-        return reloading_credentials(self._server_configuration, self._revision, asks=self.ca is not None)
+        pair = (self.key.read_bytes(), self.certificate.read_bytes())
+        return TlsMaterial((pair,), _read(self.ca), asks=self.ca is not None)
 
-    def _server_configuration(self) -> Any:
-        """Read the files. Raises `UsageError`, and OSError for one that has gone."""
-        self._check()
-        pair = (_read(self.key), _read(self.certificate))
-        return grpc.ssl_server_certificate_configuration([pair], _read(self.ca))
-
-    def _revision(self) -> tuple[object, ...]:
+    def revision(self) -> tuple[object, ...]:
         """Return what differs once a file has changed. Raises OSError."""
         paths = (path for path in (self.ca, self.certificate, self.key) if path is not None)
         return tuple((found.st_ino, found.st_mtime_ns, found.st_size) for found in (path.stat() for path in paths))

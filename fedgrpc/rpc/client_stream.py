@@ -1,4 +1,4 @@
-"""A client-streaming call that always ends with the server's own answer.
+"""A call that streams messages and always ends with the server's own answer.
 
 A server may answer before the client has finished writing: the round is closed, or a chunk is at the wrong offset.
 The next write of grpc.aio then fails and sets the status to "INTERNAL: Internal error from Core", even if the
@@ -22,14 +22,14 @@ class ClientStream:
     """Writes messages to a call, then finishes it. It is the call's only writer."""
 
     def __init__(self, call: Any) -> None:
-        self._call = call
+        self.call = call
         self._answer: grpc.aio.AioRpcError | None = None
         call.add_done_callback(self._note)
 
     async def write(self, message: Any) -> bool:
         """Send one message. Return False once the server has answered and takes no more."""
         try:
-            await self._call.write(message)
+            await self.call.write(message)
         except (asyncio.InvalidStateError, grpc.aio.AioRpcError):
             return False
         return True
@@ -41,15 +41,30 @@ class ClientStream:
             grpc.aio.AioRpcError: the server answered an error, or not at all.
         """
         try:
-            await self._call.done_writing()
-            return await self._call
+            await self.call.done_writing()
+            return await self.call
         except grpc.aio.AioRpcError as error:
-            # If the write failed first, the server's status has replaced the one of Core by now. If the server's
-            # came first, Core's has replaced it, and `_answer` has it.
-            answer = self._answer if error.details() == _CORE_DETAILS and self._answer is not None else error
+            answer = self._own(error)
             if answer.code() is not grpc.StatusCode.OK:
                 raise answer from None
             return None
+
+    async def read(self) -> Any:
+        """Return the next response of a call that streams them; `grpc.aio.EOF` behind the last.
+
+        Raises:
+            grpc.aio.AioRpcError: the server answered an error, or not at all.
+        """
+        try:
+            return await self.call.read()
+        except grpc.aio.AioRpcError as error:
+            raise self._own(error) from None
+
+    def _own(self, error: grpc.aio.AioRpcError) -> grpc.aio.AioRpcError:
+        """Return the server's own status in place of one of Core."""
+        # If the write failed first, the server's status has replaced the one of Core by now. If the server's came
+        # first, Core's has replaced it, and `_answer` has it.
+        return self._answer if error.details() == _CORE_DETAILS and self._answer is not None else error
 
     def _note(self, call: Any) -> None:
         """Keep the first status that the call gets."""

@@ -160,6 +160,9 @@ _version_response = _reader(models_pb2.PullVersionResponse)
 _served_response = _reader(worker_pb2.WorkerPullModelResponse)
 
 
+push_request = _reader(aggregator_pb2.PushUpdateRequest)
+
+
 def pull_model(channel: grpc.aio.Channel) -> Any:
     """Return the aggregator's `PullModel`, whose stream yields the header's message, then each `Chunk`."""
     return channel.unary_stream(

@@ -5,8 +5,8 @@ from __future__ import annotations
 import errno
 import os
 import socket
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -16,7 +16,7 @@ import grpc
 import grpc.aio
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_health.v1._async import HealthServicer
-from grpc_reflection.v1alpha import reflection
+from grpc_reflection.v1alpha import reflection, reflection_pb2_grpc
 
 from fedgrpc.errors import UsageError
 from fedgrpc.process import keep_from_children
@@ -24,8 +24,10 @@ from fedgrpc.rpc import framing
 from fedgrpc.rpc.address import Address
 from fedgrpc.rpc.admission import Admission
 from fedgrpc.rpc.channel import MAX_MESSAGE_BYTES, SERVER_OPTIONS, TLS_SERVER_OPTIONS, Options
+from fedgrpc.rpc.ingest import Ingest, IngestProcesses
+from fedgrpc.rpc.relayed_calls import Handlers, RelayedCalls
 from fedgrpc.rpc.requests import FirstMessages
-from fedgrpc.rpc.server_tls import ServerTls
+from fedgrpc.rpc.server_tls import ServerTls, server_credentials
 from fedgrpc.rpc.status import ErrorInterceptor
 from fedgrpc.v1 import aggregator_pb2_grpc, identity_pb2_grpc, models_pb2_grpc, worker_pb2_grpc
 
@@ -77,34 +79,6 @@ def worker_service(servicer: worker_pb2_grpc.WorkerServicer) -> Service:
     return Service(WORKER, servicer, framing.add_worker)
 
 
-class _Handlers:
-    """The handlers of a server, collected from generated code; a later one takes the place of an earlier.
-
-    `grpc.aio` waits for calls of each registered method apart from all others, and with each call it goes through
-    all of these waits. So only calls that come by the thousand are registered.
-    """
-
-    def __init__(self) -> None:
-        self._of_service: dict[str, dict[str, Any]] = {}
-        self._generic: list[grpc.GenericRpcHandler] = []
-
-    def add_generic_rpc_handlers(self, handlers: Sequence[grpc.GenericRpcHandler]) -> None:
-        """Add handlers that are asked for methods without a name here. Generated code adds all in both ways."""
-        self._generic.extend(handlers)
-
-    def add_registered_method_handlers(self, service: str, handlers: Mapping[str, Any]) -> None:
-        """Add the handlers of a service, by the names of its methods."""
-        self._of_service.setdefault(service, {}).update(handlers)
-
-    def serve_on(self, server: grpc.aio.Server) -> None:
-        """Let `server` have them all."""
-        for service, handlers in self._of_service.items():
-            server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(service, handlers),))
-            frequent = {name: each for name, each in handlers.items() if f"/{service}/{name}" in _FREQUENT}
-            server.add_registered_method_handlers(service, frequent)
-        server.add_generic_rpc_handlers(tuple(self._generic))
-
-
 class Health:
     """Health of services (grpc.health.v1): NOT_SERVING until set. The service "" serves if all others do."""
 
@@ -137,11 +111,12 @@ class Health:
 
 @dataclass(frozen=True)
 class RunningServer:
-    """A listening server: its address, its port (0 for a unix socket) and its health."""
+    """A listening server: its address, its port (0 for a unix socket), its health and its ingest processes."""
 
     address: str
     port: int
     health: Health
+    ingest: IngestProcesses | None = None
 
 
 @asynccontextmanager
@@ -155,10 +130,12 @@ async def serve(
     grace_s: float = 5.0,
     options: Options | None = None,
     first_messages: FirstMessages | None = None,
+    ingest: Ingest | None = None,
 ) -> AsyncIterator[RunningServer]:
     """Serve on `address` ("HOST:PORT"; port 0 takes a free one) until the block ends.
 
-    `admission` decides who may call. `local_address` is a unix socket to serve on, too, for this user alone.
+    `admission` decides who may call. `local_address` is a unix socket to serve on, too, for this user alone. With
+    `ingest`, so many processes share the port and relay their calls (`fedgrpc.rpc.ingest`).
 
     Health starts as NOT_SERVING. The block sets it when its services are ready. When the block ends, the server
     refuses new calls, and those in flight have `grace_s` seconds to end. `options` win over `SERVER_OPTIONS`.
@@ -166,39 +143,51 @@ async def serve(
     Raises:
         UsageError: the address is malformed or not this machine's, the port is in use, a TLS file is bad.
     """
+    where = Address.parse(address)
     large = frozenset().union(*(service.large for service in services))
+    interceptor = ErrorInterceptor(large, first_messages, admission)
     # gRPC takes the first of options with the same name.
-    server = grpc.aio.server(
-        interceptors=[ErrorInterceptor(large, first_messages, admission)],
-        options=[*(options or []), *([] if tls is None else TLS_SERVER_OPTIONS), *SERVER_OPTIONS],
-    )
+    options = [*(options or []), *([] if tls is None else TLS_SERVER_OPTIONS)]
+    server = grpc.aio.server(interceptors=[interceptor], options=[*options, *SERVER_OPTIONS])
     health = Health([service.name for service in services])
     await health.set_all(False)
-    handlers = _Handlers()
-    for service in services:
-        service.add(service.servicer, handlers)
-    health_pb2_grpc.add_HealthServicer_to_server(health.servicer, handlers)
-    names = [service.name for service in services]
-    reflection.enable_server_reflection(
-        [*names, health_pb2.DESCRIPTOR.services_by_name["Health"].full_name, reflection.SERVICE_NAME], server
-    )
-    handlers.serve_on(server)
-    where = Address.parse(address)
-    port = _listen(server, where, tls)
+    handlers = Handlers()
+    _add(services, health, handlers)
+    handlers.serve_on(server, _FREQUENT)
     if local_address is not None:
-        local = Address.parse(local_address)
-        _listen(server, local, None)
-    await server.start()
-    try:
-        yield RunningServer(str(where if where.is_unix else where.with_port(port)), port, health)
-    finally:
-        await health.servicer.enter_graceful_shutdown()
-        await server.stop(grace_s)
+        _listen(server, Address.parse(local_address), None)
+    async with AsyncExitStack() as stack:
+        processes = None
+        if ingest is not None:
+            if not where.is_unix:
+                _check_free(where)
+            processes = IngestProcesses(ingest, where, options, tls, partial(RelayedCalls, handlers, interceptor))
+            port = await stack.enter_async_context(processes.opened(grace_s))
+        else:
+            port = _listen(server, where, tls)
+        await server.start()
+        try:
+            yield RunningServer(str(where if where.is_unix else where.with_port(port)), port, health, processes)
+        finally:
+            await health.servicer.enter_graceful_shutdown()
+            if processes is not None:
+                processes.refuse_new_calls(grace_s)
+            await server.stop(grace_s)
+
+
+def _add(services: Sequence[Service], health: Health, server: Handlers) -> None:
+    """Add the services, and what tells of them."""
+    for service in services:
+        service.add(service.servicer, server)
+    health_pb2_grpc.add_HealthServicer_to_server(health.servicer, server)
+    names = [service.name for service in services]
+    names += [health_pb2.DESCRIPTOR.services_by_name["Health"].full_name, reflection.SERVICE_NAME]
+    reflection_pb2_grpc.add_ServerReflectionServicer_to_server(reflection.aio.ReflectionServicer(names), server)
 
 
 def _listen(server: grpc.aio.Server, address: Address, tls: ServerTls | None) -> int:
     """Bind, and return the port, 0 for a unix socket."""
-    credentials = None if tls is None else tls.server_credentials()
+    credentials = None if tls is None else server_credentials(tls)
     if address.is_unix:
         _clear_path(address)
     else:

@@ -101,6 +101,12 @@ def error_from(rpc_error: grpc.aio.AioRpcError) -> FedgrpcError:
     return LinkError(f"{code.name}: {one_line(detail)}") if kind is None else kind(detail)
 
 
+def error_of(name: str, text: str, retry_after: str = "") -> FedgrpcError:
+    """Return the domain error of that class name, as another process of this aggregator has told it."""
+    kind = _CLASS_OF_NAME.get(name, FedgrpcError)
+    return errors.Exhausted(text, retry_after_s=float(retry_after)) if retry_after else kind(text)
+
+
 def _trailer(rpc_error: grpc.aio.AioRpcError, name: str) -> str | None:
     for key, value in rpc_error.trailing_metadata() or ():
         if key == name:

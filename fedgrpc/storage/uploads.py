@@ -41,7 +41,7 @@ class Upload(ResumableFile):
         part: Path,
         header: UpdateHeader,
         manifest: Manifest,
-        recycled: RecycledFiles,
+        recycled: RecycledFiles | None,
         syncs: GroupedSyncs,
         durable: bool = True,
     ) -> None:
@@ -78,7 +78,7 @@ class UploadJournal:
 
     def __init__(self, folder: Path, durable: bool = True) -> None:
         """Open the folder; `durable`: accepted updates survive a power cut. Raises OSError."""
-        self._folder = folder
+        self.folder = folder
         self._durable = durable
         self._recycled = RecycledFiles(folder / "recycled", _MAX_RECYCLED, _MAX_RECYCLED_BYTES)
         # Updates that end together share a sync of their names.
@@ -88,13 +88,13 @@ class UploadJournal:
     def begin(self, header: UpdateHeader, manifest: Manifest) -> Upload:
         """Begin or continue the upload of `header.token`. Raises `StorageError`."""
         with storage_errors("an update", "store"):
-            part = self._folder / f"{header.token}.part"
+            part = self.folder / f"{header.token}.part"
             return Upload(part, header, manifest, self._recycled, self._syncs, self._durable)
 
     def committed_bytes(self, token: str) -> int:
         """Payload bytes committed of an upload in progress; 0 when none is. Raises `StorageError`."""
         with storage_errors("an upload", "read"):
-            return committed_bytes(self._folder / f"{token}.part")
+            return committed_bytes(self.folder / f"{token}.part")
 
     def remember(self, token: str, update: StoredUpdate) -> None:
         """Keep a few updates that were just sealed, so that they need not be parsed again."""
@@ -109,7 +109,7 @@ class UploadJournal:
         """
         if (sealed := self._sealed.get(token)) is not None:
             return sealed
-        path = self._folder / f"{token}.update"
+        path = self.folder / f"{token}.update"
         try:
             text, payload_start = read_header(path)
             header = UpdateHeader.FromString(text)
@@ -125,23 +125,23 @@ class UploadJournal:
 
     def accepted(self) -> frozenset[str]:
         """Tokens of all accepted updates in the folder. Raises `StorageError`."""
-        with storage_errors(self._folder):
-            return frozenset(path.stem for path in self._folder.glob("*.update"))
+        with storage_errors(self.folder):
+            return frozenset(path.stem for path in self.folder.glob("*.update"))
 
     def discard(self, tokens: Iterable[str]) -> None:
         """Remove uploads and updates of these tokens. Raises `StorageError`."""
-        with storage_errors(self._folder):
+        with storage_errors(self.folder):
             for token in tokens:
                 self._sealed.pop(token, None)
                 # Removed, not recycled: an upload that nobody wants any more may still be writing to its part.
-                (self._folder / f"{token}.part").unlink(missing_ok=True)
-                self._recycled.keep(self._folder / f"{token}.update")
+                (self.folder / f"{token}.part").unlink(missing_ok=True)
+                self._recycled.keep(self.folder / f"{token}.update")
 
     def keep_only(self, tokens: Iterable[str]) -> None:
         """Remove what belongs to no task any more, left by a process that died. Raises `StorageError`."""
         # Tasks end in the database before their files go, so a kill in between leaves files without a task.
         wanted = set(tokens)
-        with storage_errors(self._folder):
-            for path in self._folder.iterdir():
+        with storage_errors(self.folder):
+            for path in self.folder.iterdir():
                 if path.is_file() and path.stem not in wanted:
                     path.unlink(missing_ok=True)

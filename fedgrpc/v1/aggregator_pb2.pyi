@@ -482,7 +482,7 @@ class LeaveResponse(_message.Message):
     def __init__(self) -> None: ...
 
 class Run(_message.Message):
-    __slots__ = ("name", "phase", "reason", "model_version", "current_round", "total_rounds", "started_at", "software_version", "layout", "settings", "id", "local_models", "last", "best", "paused_reason", "policy")
+    __slots__ = ("name", "phase", "reason", "model_version", "current_round", "total_rounds", "started_at", "software_version", "layout", "settings", "id", "local_models", "last", "best", "paused_reason", "policy", "ingest")
     class SettingsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -506,6 +506,7 @@ class Run(_message.Message):
     BEST_FIELD_NUMBER: _ClassVar[int]
     PAUSED_REASON_FIELD_NUMBER: _ClassVar[int]
     POLICY_FIELD_NUMBER: _ClassVar[int]
+    INGEST_FIELD_NUMBER: _ClassVar[int]
     name: str
     phase: RunPhase
     reason: str
@@ -522,7 +523,20 @@ class Run(_message.Message):
     best: _round_pb2.ModelVersion
     paused_reason: str
     policy: _round_pb2.RoundPolicy
-    def __init__(self, name: _Optional[str] = ..., phase: _Optional[_Union[RunPhase, str]] = ..., reason: _Optional[str] = ..., model_version: _Optional[int] = ..., current_round: _Optional[int] = ..., total_rounds: _Optional[int] = ..., started_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., software_version: _Optional[str] = ..., layout: _Optional[_Iterable[_Union[_tensor_pb2.TensorSpec, _Mapping]]] = ..., settings: _Optional[_Mapping[str, str]] = ..., id: _Optional[str] = ..., local_models: _Optional[_Union[_round_pb2.LocalModels, _Mapping]] = ..., last: _Optional[_Union[_round_pb2.ModelVersion, _Mapping]] = ..., best: _Optional[_Union[_round_pb2.ModelVersion, _Mapping]] = ..., paused_reason: _Optional[str] = ..., policy: _Optional[_Union[_round_pb2.RoundPolicy, _Mapping]] = ...) -> None: ...
+    ingest: IngestProcesses
+    def __init__(self, name: _Optional[str] = ..., phase: _Optional[_Union[RunPhase, str]] = ..., reason: _Optional[str] = ..., model_version: _Optional[int] = ..., current_round: _Optional[int] = ..., total_rounds: _Optional[int] = ..., started_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., software_version: _Optional[str] = ..., layout: _Optional[_Iterable[_Union[_tensor_pb2.TensorSpec, _Mapping]]] = ..., settings: _Optional[_Mapping[str, str]] = ..., id: _Optional[str] = ..., local_models: _Optional[_Union[_round_pb2.LocalModels, _Mapping]] = ..., last: _Optional[_Union[_round_pb2.ModelVersion, _Mapping]] = ..., best: _Optional[_Union[_round_pb2.ModelVersion, _Mapping]] = ..., paused_reason: _Optional[str] = ..., policy: _Optional[_Union[_round_pb2.RoundPolicy, _Mapping]] = ..., ingest: _Optional[_Union[IngestProcesses, _Mapping]] = ...) -> None: ...
+
+class IngestProcesses(_message.Message):
+    __slots__ = ("wanted", "serving", "restarts", "memory_bytes")
+    WANTED_FIELD_NUMBER: _ClassVar[int]
+    SERVING_FIELD_NUMBER: _ClassVar[int]
+    RESTARTS_FIELD_NUMBER: _ClassVar[int]
+    MEMORY_BYTES_FIELD_NUMBER: _ClassVar[int]
+    wanted: int
+    serving: int
+    restarts: int
+    memory_bytes: int
+    def __init__(self, wanted: _Optional[int] = ..., serving: _Optional[int] = ..., restarts: _Optional[int] = ..., memory_bytes: _Optional[int] = ...) -> None: ...
 
 class GetRunRequest(_message.Message):
     __slots__ = ("run",)

@@ -225,8 +225,9 @@ async def test_a_worker_killed_while_it_trains_gets_its_task_again_after_its_res
         np.testing.assert_allclose(running.weights(2)["w"], MODEL["w"] + second / 2, rtol=1e-5)
 
 
-async def test_sigterm_lets_an_upload_end_and_waits_for_no_poll(tmp_path):
-    async with aggregator_process(tmp_path, "--drain", "5m") as (process, running):
+@pytest.mark.parametrize("ingest", [0, 1])
+async def test_sigterm_lets_an_upload_end_and_waits_for_no_poll(tmp_path, ingest):
+    async with aggregator_process(tmp_path, "--drain", "5m", "--ingest", ingest) as (process, running):
         a, b = [await running.device(name) for name in "ab"]
         a_task, _ = await asyncio.gather(a.task(), b.task())
         waiting = asyncio.create_task((await running.device("idle")).poll(30))
@@ -251,8 +252,9 @@ async def test_sigterm_lets_an_upload_end_and_waits_for_no_poll(tmp_path):
         assert (await a.held(a_task)).complete
 
 
-async def test_a_second_sigterm_ends_at_once(tmp_path):
-    async with aggregator_process(tmp_path, "--drain", "5m") as (process, running):
+@pytest.mark.parametrize("ingest", [0, 1])
+async def test_a_second_sigterm_ends_at_once(tmp_path, ingest):
+    async with aggregator_process(tmp_path, "--drain", "5m", "--ingest", ingest) as (process, running):
         a, b = [await running.device(name) for name in "ab"]
         tasks = await asyncio.gather(a.task(), b.task())
         call = a.stub.PushUpdate()

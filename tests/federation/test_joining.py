@@ -28,6 +28,7 @@ from fedgrpc.identity.tokens import JoinToken
 from fedgrpc.protocol.tasks import WorkerRole
 from fedgrpc.rpc.address import Address
 from fedgrpc.rpc.channel import open_channel
+from fedgrpc.rpc.client_stream import ClientStream
 from fedgrpc.rpc.diagnosis import explain, presented_chain
 from fedgrpc.rpc.retry import Backoff
 from fedgrpc.rpc.status import domain_errors
@@ -153,8 +154,9 @@ async def test_a_second_device_of_the_same_name_is_refused_and_the_first_goes_on
             await asyncio.wait_for(start_worker(running, tmp_path, "pi-7", ShiftTrainer(), join=token), 60)
 
 
-async def test_every_role_may_call_what_the_table_says_and_nothing_else(tmp_path):
-    async with running_aggregator(tmp_path, **OUTSIDE) as running:
+@pytest.mark.parametrize("ingest", [0, 1])
+async def test_every_role_may_call_what_the_table_says_and_nothing_else(tmp_path, ingest):
+    async with running_aggregator(tmp_path, ingest=ingest, **OUTSIDE) as running:
         callers = {role: await joined(running, tmp_path, f"d-{role}", role) for role in DEVICE_ROLES}
         callers |= {role: await operator(running, tmp_path, f"o-{role}", role) for role in OPERATOR_ROLES}
         stubs = {
@@ -176,16 +178,17 @@ async def test_every_role_may_call_what_the_table_says_and_nothing_else(tmp_path
 
 async def is_refused(call, request):
     """Whether the role may not make the call; how a call that it may make ends is no matter here."""
-    streams = (grpc.aio.StreamUnaryMultiCallable, grpc.aio.StreamStreamMultiCallable)
-    asked = iter([request()]) if isinstance(call, streams) else request()
-    made = call(asked, timeout=PATIENCE_S)
+    streams = isinstance(call, (grpc.aio.StreamUnaryMultiCallable, grpc.aio.StreamStreamMultiCallable))
+    made = call(timeout=PATIENCE_S) if streams else call(request(), timeout=PATIENCE_S)
+    stream = ClientStream(made)
     try:
+        if streams:
+            await stream.write(request())
         if isinstance(call, (grpc.aio.UnaryStreamMultiCallable, grpc.aio.StreamStreamMultiCallable)):
-            async for _ in made:
-                made.cancel()
-                return False
+            await stream.read()
+            made.cancel()
         else:
-            await made
+            await (stream.finish() if streams else made)
     except grpc.aio.AioRpcError as error:
         return error.code() is grpc.StatusCode.PERMISSION_DENIED and "may not call" in error.details()
     return False
@@ -379,8 +382,9 @@ async def test_certificates_are_valid_on_a_device_whose_clock_begins_in_1970(tmp
         assert {each.not_valid_before_utc.year for each in (*chain, device)} == {1970}
 
 
-async def test_a_token_that_is_deleted_opens_no_further_connection(tmp_path):
-    async with running_aggregator(tmp_path, **OUTSIDE) as running:
+@pytest.mark.parametrize("ingest", [0, 1])
+async def test_a_token_that_is_deleted_opens_no_further_connection(tmp_path, ingest):
+    async with running_aggregator(tmp_path, ingest=ingest, **OUTSIDE) as running:
         token = JoinToken.parse(await new_token(running, uses=5))
         await join(running.address, token, "a", DeviceFolder(tmp_path / "a"))
         async with identity_stub(running) as stub:

@@ -47,8 +47,9 @@ async def test_a_revoked_device_is_refused_at_its_next_call(tmp_path):
                 await device_of(channel, "pi-7").register()
 
 
-async def test_an_open_poll_and_an_open_watch_end_with_their_caller(tmp_path):
-    async with running_aggregator(tmp_path, **OUTSIDE) as running:
+@pytest.mark.parametrize("ingest", [0, 1])
+async def test_an_open_poll_and_an_open_watch_end_with_their_caller(tmp_path, ingest):
+    async with running_aggregator(tmp_path, ingest=ingest, **OUTSIDE) as running:
         device_tls = await joined(running, tmp_path, "pi-7")
         viewer_tls = await operator(running, tmp_path, "alice", "viewer")
         async with connected(running, device_tls) as one, connected(running, viewer_tls) as two:
@@ -70,8 +71,9 @@ async def all_of(call):
     return [message async for message in call]
 
 
-async def test_an_upload_in_progress_ends_and_the_others_commit_without_it(tmp_path):
-    async with running_aggregator(tmp_path, policy=TWO | {"quorum": 1}, **OUTSIDE) as running:
+@pytest.mark.parametrize("ingest", [0, 1])
+async def test_an_upload_in_progress_ends_and_the_others_commit_without_it(tmp_path, ingest):
+    async with running_aggregator(tmp_path, policy=TWO | {"quorum": 1}, ingest=ingest, **OUTSIDE) as running:
         tls = await joined(running, tmp_path, "bad")
         async with connected(running, tls) as channel:
             bad, good = device_of(channel, "bad"), await running.device("good")
@@ -139,8 +141,9 @@ async def test_a_list_of_workers_shows_who_was_revoked(tmp_path):
         }
 
 
-async def test_calls_of_a_certificate_past_its_life_end_too(tmp_path):
-    async with running_aggregator(tmp_path, **OUTSIDE) as running:
+@pytest.mark.parametrize("ingest", [0, 1])
+async def test_calls_of_a_certificate_past_its_life_end_too(tmp_path, ingest):
+    async with running_aggregator(tmp_path, ingest=ingest, **OUTSIDE) as running:
         tls = await joined(running, tmp_path, "pi-7")
         async with connected(running, tls) as channel:
             device = device_of(channel, "pi-7")

@@ -1,4 +1,7 @@
+import asyncio
+
 import grpc
+import grpc.aio
 import pytest
 
 from fedgrpc.errors import LinkError, RoundClosed
@@ -55,6 +58,27 @@ async def test_a_large_message_in_flight_does_not_hide_the_answer_either():
         for _ in range(10):
             with pytest.raises(RoundClosed):
                 await push(channel, 50, size=1 << 20)
+
+
+async def test_a_status_that_comes_before_the_first_message_is_read_as_the_servers_own():
+    async def refuse(requests, context):
+        await context.abort(grpc.StatusCode.PERMISSION_DENIED, "not you")
+
+    server = grpc.aio.server()
+    handlers = {"Follow": grpc.stream_stream_rpc_method_handler(refuse)}
+    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler("test.Refusing", handlers),))
+    port = server.add_insecure_port("127.0.0.1:0")
+    await server.start()
+    async with open_channel(f"127.0.0.1:{port}") as channel:
+        for turn in range(200):
+            stream = ClientStream(channel.stream_stream("/test.Refusing/Follow")())
+            # The first write may come before the status, after it, or between its arrival and its delivery.
+            await asyncio.sleep(turn % 4 * 1e-3)
+            await stream.write(b"x")
+            with pytest.raises(grpc.aio.AioRpcError) as caught:
+                await stream.read()
+            assert caught.value.details() == "not you"
+    await server.stop(None)
 
 
 async def test_an_early_ok_is_a_success():

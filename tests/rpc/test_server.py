@@ -205,7 +205,7 @@ def test_unusable_tls_files_are_named_in_a_usage_error(tmp_path):
     with pytest.raises(UsageError, match="go together"):
         open_channel("127.0.0.1:1", Tls(certificate=tmp_path / "bad.pem"))
     with pytest.raises(UsageError, match="certificate and its key"):
-        Tls(ca=tmp_path / "bad.pem").server_credentials()
+        Tls(ca=tmp_path / "bad.pem").material()
 
 
 async def test_a_unix_socket_in_use_is_refused_and_the_first_server_goes_on(tmp_path):

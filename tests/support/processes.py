@@ -13,7 +13,7 @@ from pathlib import Path
 from fedgrpc.rpc.channel import open_channel
 from fedgrpc.v1 import aggregator_pb2_grpc
 from tests.support.hand_driven_device import PATIENCE_S, HandDrivenDevice
-from tests.support.running_federation import RunningAggregator, settings_for
+from tests.support.running_federation import INGEST, RunningAggregator, settings_for
 
 ROOT = Path(__file__).parents[2]
 _LONGEST_LINE_BYTES = 1 << 20
@@ -125,6 +125,7 @@ async def aggregator_process(folder, *arguments, address="127.0.0.1:0", **how):
     place = ["--data-dir", settings.data_dir, "--address", address]
     place += ["--initial-model", settings.initial_model]
     round_ = ["--min-workers", 2, "--selection-window", "30s", "--deadline", "10m", "--lease", "5m"]
+    round_ += ["--ingest", INGEST]
     async with running_process(
         "aggregator", *place, *round_, "--no-evaluate", "--stay", *arguments, **how
     ) as started:

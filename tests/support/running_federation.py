@@ -1,6 +1,7 @@
 """A real aggregator and real workers in this process, and the settings of a quick run."""
 
 import asyncio
+import os
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
@@ -18,6 +19,9 @@ from fedgrpc.v1 import aggregator_pb2_grpc, round_pb2
 from fedgrpc.worker.process import run_worker
 from fedgrpc.worker.settings import WorkerSettings
 from tests.support.hand_driven_device import MODEL, PATIENCE_S, HandDrivenDevice
+
+# Ingest processes of every aggregator that says no other number: the same tests hold with and without.
+INGEST = int(os.environ.get("FEDGRPC_TESTS_INGEST", "0"))
 
 
 def shift_clock(aggregator, seconds):
@@ -141,6 +145,7 @@ def settings_for(folder, policy=None, **changes):
         "durable": False,
         "download_recipe": "raw",
         "upload_recipe": "raw",
+        "ingest": INGEST,
     }
     values = {"reconnect_grace_s": 0.5, **values}
     return AggregatorSettings(**{**defaults, **changes, "policy": RoundPolicy(**values)})

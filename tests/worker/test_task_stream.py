@@ -99,7 +99,7 @@ async def test_a_call_that_ended_between_two_polls_is_replaced():
             await stream.poll(poll(), PATIENCE_S)
             assert peer.opened == opened
             async with asyncio.timeout(PATIENCE_S):
-                await stream._call.code()
+                await stream._stream.call.code()
         stream.close()
 
 

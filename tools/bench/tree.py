@@ -116,7 +116,7 @@ async def _lead(pipe: Any, port: int, workers: int, folder: Path, settings: Mapp
 
     def ready(own_port: int) -> None:
         pipe.send(own_port)
-        watching.append(asyncio.create_task(federation.watch(leaf.coordinator, marks)))
+        watching.append(asyncio.create_task(federation.watch(leaf, marks)))
 
     await leaf.run(ready)
     marks.append(Mark.now())

@@ -34,6 +34,7 @@ def _process() -> str:
         if family.name != "fedgrpc_live_workers":
             name = family.name + {"counter": "_total", "info": "_info"}.get(family.type, "")
             rows.append(f"| `{name}` | {family.type} | {_clean(family.documentation)} |")
+    rows += [f"| `{name}` | gauge | {text} (with `--ingest`) |" for name, text, _ in metrics.INGEST_GAUGES]
     return "\n".join(rows) + "\n"
 
 

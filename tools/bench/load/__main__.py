@@ -104,6 +104,8 @@ class Row:
     idle_core_busy: float | None
     rss_mib: float
     cpu_ms_per_update: float
+    ingest_cpu_ms_per_update: list[float]
+    ingest_rss_mib: float
     core_busy: float
     poll_p50_ms: float
     poll_p99_ms: float
@@ -157,10 +159,11 @@ async def _measured(
     first = await until_round(await until_round(1) + 2)
     seen.measuring = True
     aggregator.largest_rss_bytes()
-    cpu_s, begun = aggregator.cpu_s, time.monotonic()
+    cpu_s, ingest_s, begun = aggregator.cpu_s, aggregator.ingest_cpu_s, time.monotonic()
     last = await until_round(first + options.rounds)
     ended = time.monotonic()
     took_s, cpu_s = ended - begun, aggregator.cpu_s - cpu_s
+    ingest_s = [now - then for now, then in zip(aggregator.ingest_cpu_s, ingest_s, strict=True)]
     answers_s = probes.answers_s(begun, ended)
     seen.measuring = False
     spreads = [np.percentile(at, 99) - min(at) for number, at in seen.tasks_at.items() if number >= first]
@@ -173,6 +176,8 @@ async def _measured(
         idle_core_busy=idle_busy,
         rss_mib=aggregator.largest_rss_bytes() / _MIB,
         cpu_ms_per_update=1e3 * cpu_s / ((last - first) * aim),
+        ingest_cpu_ms_per_update=[1e3 * each / ((last - first) * aim) for each in ingest_s],
+        ingest_rss_mib=aggregator.ingest_rss_bytes / _MIB,
         core_busy=cpu_s / took_s,
         poll_p50_ms=1e3 * float(np.percentile(answers_s, 50)),
         poll_p99_ms=1e3 * float(np.percentile(answers_s, 99)),
@@ -206,6 +211,9 @@ def show(rows: list[Row], options: argparse.Namespace, update_bytes: int) -> Non
             f"   {row.poll_p50_ms:8.1f}  {row.poll_p99_ms:8.1f}"
             f"  {row.generator_late_p99_ms:21.1f}"
         )
+        if row.ingest_cpu_ms_per_update:
+            each = ", ".join(f"{ms:.2f}" for ms in row.ingest_cpu_ms_per_update)
+            print(f"         ingest processes: {each} ms of CPU an update, {row.ingest_rss_mib:.1f} MiB in all")
         if row.idle_core_busy is not None:
             print(f"         idle: {row.idle_core_busy:.1%} of a core")
         for failure, count in row.failures.items():

@@ -59,8 +59,12 @@ class Aggregator:
     @property
     def rss_bytes(self) -> int:
         """Resident memory now."""
-        pages = int(Path(f"/proc/{self.process.pid}/statm").read_text().split()[1])
-        return pages * resource.getpagesize()
+        return _rss_bytes(self.process.pid)
+
+    @property
+    def ingest_rss_bytes(self) -> int:
+        """The same of all ingest processes together."""
+        return sum(map(_rss_bytes, self._ingest))
 
     def largest_rss_bytes(self) -> int:
         """The largest sample since this was last asked."""
@@ -70,11 +74,30 @@ class Aggregator:
     @property
     def cpu_s(self) -> float:
         """User and system time so far."""
-        fields = Path(f"/proc/{self.process.pid}/stat").read_text().rpartition(")")[2].split()
-        return (int(fields[11]) + int(fields[12])) / _TICKS
+        return _cpu_s(self.process.pid)
+
+    @property
+    def ingest_cpu_s(self) -> list[float]:
+        """The same of each ingest process."""
+        return [_cpu_s(pid) for pid in self._ingest]
+
+    @property
+    def _ingest(self) -> list[int]:
+        pid = self.process.pid
+        return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
     def end(self) -> None:
         self._ended.set()
         self._sampler.join()
         self.process.send_signal(signal.SIGKILL)
         self.process.wait()
+
+
+def _cpu_s(pid: int) -> float:
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / _TICKS
+
+
+def _rss_bytes(pid: int) -> int:
+    pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
+    return pages * resource.getpagesize()

@@ -25,7 +25,7 @@ OUTSIDE = "0.0.0.0:0"
 _TOKEN = "token"
 
 if TYPE_CHECKING:
-    from fedgrpc.aggregator.coordinator import Coordinator
+    from fedgrpc.aggregator.server import Aggregator
     from fedgrpc.codec.layout import Layout
     from fedgrpc.trainer import TrainJob, TrainResult
 
@@ -79,7 +79,7 @@ async def _serve(
             token = aggregator.trust.identities.create_token(Role.TRAINER, time.time(), 600.0, uses=workers)
             (folder / _TOKEN).write_text(token.text)
         pipe.send(port)
-        watching.append(asyncio.create_task(watch(aggregator.coordinator, marks)))
+        watching.append(asyncio.create_task(watch(aggregator, marks)))
 
     await aggregator.run(ready)
     for task in watching:
@@ -87,14 +87,15 @@ async def _serve(
     return Usage.of(marks)
 
 
-async def watch(coordinator: Coordinator | None, marks: list[Mark]) -> None:
+async def watch(aggregator: Aggregator, marks: list[Mark]) -> None:
     """A mark at every new version."""
+    coordinator, ingest = aggregator.coordinator, aggregator.ingest
     assert coordinator is not None
     version, seen = 0, -1
     while True:
         if coordinator.machine.version != version:
             version = coordinator.machine.version
-            marks.append(Mark.now())
+            marks.append(Mark.now(0.0 if ingest is None else ingest.cpu_s))
         seen = await coordinator.changes.wait(seen)
 
 

@@ -17,6 +17,8 @@ and again: as often as it takes for 2,000 polls and as many heartbeats (--calls)
 timers were meanwhile: one on the aggregator's event loop, and one in the process that asks, which has nothing else
 to do and so waits for a core alone.
 
+With ingest processes, the server's CPU time is that of all its processes; how much they took stands behind it.
+
 With --former COMMIT every contestant that is fedgrpc runs as it was at that commit, too, beside itself as it is.
 """
 
@@ -57,7 +59,9 @@ FEDGRPC: dict[str, Mapping[str, object]] = {
     "fedgrpc float32": {**FLOAT32, "durable": True},
     "fedgrpc float32, not durable": {**FLOAT32, "durable": False},
     "fedgrpc int8+zstd both ways": {**INT8, "durable": True},
+    "fedgrpc float32, 2 ingest": {**FLOAT32, "durable": True, "ingest": 2},
     f"fedgrpc float32{_TLS}": {**FLOAT32, "durable": True, "address": OUTSIDE},
+    f"fedgrpc float32, 2 ingest{_TLS}": {**FLOAT32, "durable": True, "ingest": 2, "address": OUTSIDE},
     f"fedgrpc int8+zstd both ways{_TLS}": {**INT8, "durable": True, "address": OUTSIDE},
 }
 CONTESTANTS = ("raw TCP", "floor", *FEDGRPC)
@@ -154,6 +158,7 @@ def _of_turns(rows: Sequence[Row]) -> Row:
         loopback_mb=median(server.loopback_mb for server in servers),
         peak_rss_mb=max(server.peak_rss_mb for server in servers),
         walls_s=tuple(wall_s for server in servers for wall_s in server.walls_s),
+        ingest_cpu_s=median(server.ingest_cpu_s for server in servers),
     )
     largest = max(rows, key=lambda row: row.worker_peak_rss_mb - row.worker_own_rss_mb)
     return replace(largest, server=server, worker_cpu_s=median(row.worker_cpu_s for row in rows))
@@ -253,9 +258,10 @@ def _beside_plaintext(rows: list[Row], row: Row) -> str:
 def _line(row: Row, base: Row | None) -> str:
     over = f"{row.server.wall_s / base.server.wall_s:5.2f}" if base else "    -"
     cpu_over = f"{row.server.cpu_s / base.server.cpu_s:5.2f}" if base else "    -"
+    ingest = f", ingest {row.server.ingest_cpu_s:.3f} s" if row.server.ingest_cpu_s else ""
     return (
         f"{row.contestant:30} {row.size:>6} x{row.workers:<3} wall {row.server.wall_s:7.3f} s  over floor {over}  "
-        f"loopback {row.server.loopback_mb:7.1f} MB  server cpu {row.server.cpu_s:6.3f} s ({cpu_over})  "
+        f"loopback {row.server.loopback_mb:7.1f} MB  server cpu {row.server.cpu_s:6.3f} s ({cpu_over}){ingest}  "
         f"rss {row.server.peak_rss_mb:6.0f} MB  worker cpu {row.worker_cpu_s:6.3f} s  "
         f"rss {row.worker_peak_rss_mb:6.0f} MB" + _beyond(row)
     )

@@ -20,11 +20,14 @@ class Mark:
     wall_s: float
     cpu_s: float
     loopback_bytes: int
+    ingest_cpu_s: float = 0.0
 
     @staticmethod
-    def now() -> Mark:
+    def now(ingest_cpu_s: float = 0.0) -> Mark:
+        """`ingest_cpu_s`: what its ingest processes have taken so far, which counts, too."""
         usage = resource.getrusage(resource.RUSAGE_SELF)
-        return Mark(time.perf_counter(), usage.ru_utime + usage.ru_stime, loopback_bytes())
+        cpu_s = usage.ru_utime + usage.ru_stime + ingest_cpu_s
+        return Mark(time.perf_counter(), cpu_s, loopback_bytes(), ingest_cpu_s)
 
 
 @dataclass(frozen=True)
@@ -40,6 +43,7 @@ class Usage:
     peak_rss_mb: float
     walls_s: tuple[float, ...] = ()
     own_rss_mb: float = 0.0
+    ingest_cpu_s: float = 0.0
 
     @staticmethod
     def of(marks: Sequence[Mark], dropped: int = 1) -> Usage:
@@ -52,6 +56,7 @@ class Usage:
             median(after.loopback_bytes - before.loopback_bytes for before, after in rounds) / MB,
             peak_rss_mb(),
             tuple(walls),
+            ingest_cpu_s=median(after.ingest_cpu_s - before.ingest_cpu_s for before, after in rounds),
         )
 
 
