@@ -14,8 +14,9 @@ import os
 import time
 from collections import OrderedDict
 from collections.abc import AsyncGenerator, Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from io import FileIO
+from itertools import count
 from pathlib import Path
 
 from fedgrpc.codec.chunk import LARGE_CHUNK_BYTES, Chunk, ChunkSizer, chunks, crc32
@@ -38,12 +39,16 @@ Key = tuple["PayloadFile", int, int, int]
 
 @dataclass(frozen=True, eq=False)
 class PayloadFile:
-    """A payload of `size_bytes` from byte `start` of an open file; `digest` is what it had when it was written."""
+    """A payload of `size_bytes` from byte `start` of an open file; `digest` is what it had when it was written.
+
+    No other payload of this process has, or had, its `number`.
+    """
 
     file: FileIO
     start: int
     size_bytes: int
     digest: bytes | None = None
+    number: int = field(default_factory=count(1).__next__)
 
     @property
     def as_written(self) -> bool:

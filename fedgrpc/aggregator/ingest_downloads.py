@@ -25,7 +25,9 @@ DOWNLOAD: Final = b"download"
 def download_order(payload: PayloadFile, offset: int, max_chunk_bytes: int) -> bytes:
     """Return the order to send a payload of this process from `offset` on."""
     place = f"/proc/{os.getpid()}/fd/{payload.file.fileno()}"
-    return joined((DOWNLOAD, place, *map(str, (payload.start, payload.size_bytes, offset, max_chunk_bytes))))
+    return joined(
+        (DOWNLOAD, place, *map(str, (payload.number, payload.start, payload.size_bytes, offset, max_chunk_bytes)))
+    )
 
 
 class IngestDownloads:
@@ -34,14 +36,17 @@ class IngestDownloads:
     def __init__(self, cache_bytes: int, sending_bytes: int) -> None:
         self._bounds = cache_bytes, sending_bytes
         self._caches: dict[int, ChunkCache] = {}
-        # By the identity of their files, which nobody else can have while they are open here.
-        self._payloads: WeakValueDictionary[tuple[int, ...], PayloadFile] = WeakValueDictionary()
+        # By their numbers: the file of a version that is gone is overwritten by a later one, under the same inode.
+        self._payloads: WeakValueDictionary[int, PayloadFile] = WeakValueDictionary()
 
     async def send(self, order: bytes, caller: Caller) -> bytes:
         """Send the chunks of a payload. Raises `StorageError`."""
         _, place, *numbers = fields_of(order)
-        start, size_bytes, offset, max_chunk_bytes = map(int, numbers)
-        payload = await asyncio.to_thread(self._opened, place.decode(), start, size_bytes)
+        number, start, size_bytes, offset, max_chunk_bytes = map(int, numbers)
+        if (payload := self._payloads.get(number)) is None:
+            opened = await asyncio.to_thread(_opened, place.decode(), start, size_bytes)
+            # All who pull the same payload share its messages.
+            payload = self._payloads.setdefault(number, opened)
         if max_chunk_bytes not in self._caches:
             self._caches[max_chunk_bytes] = ChunkCache(*self._bounds, max_chunk_bytes=max_chunk_bytes)
         async with aclosing(self._caches[max_chunk_bytes].messages(payload, offset)) as messages:
@@ -51,10 +56,7 @@ class IngestDownloads:
                 del message
         return b""
 
-    def _opened(self, place: str, start: int, size_bytes: int) -> PayloadFile:
-        with storage_errors(Path(place), "read"):
-            file = FileIO(place)
-            found = os.fstat(file.fileno())
-        payload = PayloadFile(file, start, size_bytes)
-        # All who pull the same payload share its messages.
-        return self._payloads.setdefault((found.st_dev, found.st_ino, start, size_bytes), payload)
+
+def _opened(place: str, start: int, size_bytes: int) -> PayloadFile:
+    with storage_errors(Path(place), "read"):
+        return PayloadFile(FileIO(place), start, size_bytes)
