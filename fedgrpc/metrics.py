@@ -195,7 +195,7 @@ def _live_workers(registry: CollectorRegistry) -> Gauge:
 # Name, description, and what it shows of `IngestProcesses`: where there are some.
 INGEST_GAUGES: Final = (
     ("fedgrpc_ingest_processes", "Ingest processes that accept connections", "serving_count"),
-    ("fedgrpc_ingest_restarts", "Ingest processes that died and were started again", "restarts"),
+    ("fedgrpc_ingest_restarts", "Ingest processes that died or hung and were started again", "restarts"),
     ("fedgrpc_ingest_memory_bytes", "Resident memory of all ingest processes", "memory_bytes"),
     ("fedgrpc_ingest_cpu_seconds", "CPU time of the ingest processes that run now", "cpu_s"),
 )

@@ -6,7 +6,8 @@ The kernel gives each connection to one of them (SO_REUSEPORT). They take TLS, H
 process, which serves the calls (`fedgrpc.rpc.relayed_calls`). So any caller may come to any of them, and come back
 to another. Work that moves many bytes they do themselves, as the run's process asks (`RelayedCall.do`).
 
-The rule: a process that dies is started again. What its callers were about continues as after any broken link.
+The rule: a process that dies is started again, and one that hangs is killed. What its callers were about continues
+as after any broken link.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from typing import Final
 
 import structlog
 
+from fedgrpc.aio import Interrupted, run_until_interrupted
 from fedgrpc.errors import FedgrpcError, UsageError
 from fedgrpc.process import keep_from_children, kept_from_children, resident_bytes, used_cpu_s
 from fedgrpc.rpc.address import Address
@@ -33,6 +35,10 @@ from fedgrpc.rpc.relayed_calls import RelayedCalls
 from fedgrpc.rpc.server_tls import ServerTls
 
 _STARTED_WITHIN_S: Final = 60.0
+# A process tells every few seconds that it lives, and hangs when it has told nothing for half a minute: until then
+# the kernel gives it new connections.
+_ALIVE_EVERY_S: Final = 5.0
+_MOST_SILENT: Final = 6
 # Beyond the grace time of its calls.
 _ENDED_WITHIN_S: Final = 2.0
 _BUFFER_BYTES: Final = 1 << 20
@@ -73,6 +79,8 @@ class IngestProcesses:
         # Process ids of those that are running, by index.
         self.pids: dict[int, int] = {}
         self._told_tls: dict[int, object] = {}
+        # How many times in a row nothing was heard of each.
+        self._silent: dict[int, int] = {}
         self._stopping = False
         self._all_serve = asyncio.Event()
 
@@ -127,12 +135,14 @@ class IngestProcesses:
             calls.link.send(Kind.STOP, OF_PROCESS, str(grace_s).encode())
 
     async def _keep(self, index: int) -> None:
-        """Start the process again whenever it dies."""
+        """Start the process again whenever it dies or hangs."""
         wait_s = _FIRST_WAIT_S
         while not self._stopping:
             began = time.monotonic()
             try:
                 why = f"exit code {await self._run(index)}"
+            except Interrupted as hanging:
+                why = str(hanging)
             except OSError as error:
                 # No memory or no descriptor for a process now: later there may be.
                 why = str(error)
@@ -144,7 +154,7 @@ class IngestProcesses:
             await asyncio.sleep(wait_s)
 
     async def _run(self, index: int) -> int:
-        """Run one process to its end; its exit code."""
+        """Run one process to its end; its exit code. Raises `Interrupted` where it hangs; it is killed then."""
         ours, theirs = socket.socketpair()
         for end in (ours, theirs):
             for option in (socket.SO_SNDBUF, socket.SO_RCVBUF):
@@ -159,9 +169,14 @@ class IngestProcesses:
             try:
                 self._told_tls.pop(index, None)
                 self._tell_tls(index, calls)
-                start = {"address": str(self._address), "options": self._options, "work": dict(self._ingest.work)}
+                start = {
+                    "address": str(self._address),
+                    "options": self._options,
+                    "alive_every_s": _ALIVE_EVERY_S,
+                    "work": dict(self._ingest.work),
+                }
                 calls.link.send(Kind.START, OF_PROCESS, json.dumps(start).encode())
-                return await process.wait()
+                return await run_until_interrupted(process.wait(), self._until_it_hangs(index))
             finally:
                 del self.pids[index]
                 self._serving.pop(index, None)
@@ -169,6 +184,16 @@ class IngestProcesses:
                 if process.returncode is None:
                     process.kill()
                     await process.wait()
+
+    async def _until_it_hangs(self, index: int) -> str:
+        """Return why, once nothing has been heard of the process for long."""
+        # Its start may take longer.
+        self._silent[index] = -int(_STARTED_WITHIN_S / _ALIVE_EVERY_S)
+        # Counted and not timed: where this process was stopped as well, as in a paused container, that is once.
+        while self._silent[index] < _MOST_SILENT:
+            await asyncio.sleep(_ALIVE_EVERY_S)
+            self._silent[index] += 1
+        return f"it hung: not a sign of life for {_MOST_SILENT * _ALIVE_EVERY_S:g} s"
 
     async def _started(self, link: socket.socket) -> asyncio.subprocess.Process:
         # -m alone would import from the current folder first, whatever lies there.
@@ -181,8 +206,10 @@ class IngestProcesses:
         )
 
     def _on_process(self, index: int, calls: RelayedCalls, kind: Kind) -> None:
+        self._silent[index] = 0
         if kind is Kind.ASK_TLS:
             self._tell_tls(index, calls)
+        if kind is not Kind.SERVING:
             return
         self._serving[index] = calls
         if self.serving_count == self._ingest.process_count:

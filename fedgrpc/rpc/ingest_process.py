@@ -177,7 +177,14 @@ class IngestProcess(grpc.GenericRpcHandler):  # type: ignore[misc]
             server.add_secure_port(start["address"], self._credentials(self._tls.asks))
         await server.start()
         self._link.send(Kind.SERVING, OF_PROCESS)
+        living = asyncio.create_task(self._tell_life(start["alive_every_s"]))
         await server.stop(await self._stopping)
+        living.cancel()
+
+    async def _tell_life(self, every_s: float) -> None:
+        while True:
+            self._link.send(Kind.ALIVE, OF_PROCESS)
+            await asyncio.sleep(every_s)
 
     def _credentials(self, asks: bool) -> Any:
         loop = asyncio.get_running_loop()

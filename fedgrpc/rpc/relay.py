@@ -15,6 +15,7 @@
 
     SERVING                         ->                      of the process: it accepts connections
                                     <-    START, STOP       of the process
+    ALIVE                           ->                      of the process, now and then
     ASK_TLS                         ->
                                     <-    TLS               what has changed since the last one, or nothing
 
@@ -52,6 +53,7 @@ class Kind(IntEnum):
     DONE = 8
     FAILED = 9
     ASK_TLS = 10
+    ALIVE = 11
     READ = 16
     WRITE = 17
     END = 18

@@ -154,6 +154,24 @@ async def test_a_process_that_is_killed_is_started_again_and_its_calls_end():
         assert server.ingest.restarts == 1
 
 
+async def test_a_process_that_hangs_is_killed_and_started_again(monkeypatch):
+    monkeypatch.setattr("fedgrpc.rpc.ingest._ALIVE_EVERY_S", 0.5)
+    told = Told()
+    async with serving(told.service) as server, open_channel(server.address) as channel:
+        waiting = channel.unary_unary("/test.Told/wait")(b"")
+        async with asyncio.timeout(PATIENCE_S):
+            await told.waits.wait()
+            # One that is only slow to call tells that it lives.
+            await asyncio.sleep(4)
+            assert server.ingest.restarts == 0
+            os.kill(server.ingest.pids[0], signal.SIGSTOP)
+            with pytest.raises(LinkError), domain_errors():
+                await waiting
+            await told.cancelled.wait()
+        assert await until_answered(server.address) == [b"hello"]
+        assert server.ingest.restarts == 1
+
+
 async def test_while_one_process_is_down_the_others_take_its_callers():
     async with serving(count=2) as server:
         # It stays down for longer than the other one needs for an answer, for it cannot start again.
