@@ -3,8 +3,8 @@
 The rule: a release is entered before the noisy version is written, and an entry is never taken back. What was
 entered is counted, whether its version came to be or not. So the loss told is never less than the loss there is.
 
-Adjacent are two runs of which one has all updates of a device at zero: both choose the same devices. Where devices
-are sampled, each by a coin of its own, a run without the device is the same as that.
+Adjacent are two runs of which one leaves a device out of all sums, of updates and of counts: both choose the same
+devices. Where devices are sampled, each by a coin of its own, a run without the device is the same as that.
 """
 
 from __future__ import annotations
@@ -126,12 +126,13 @@ class Ledger:
         """Return the release of this sum: the one entered before a crash, else the next one, to be entered.
 
         The same round with other updates is another release: two sums under one noise would tell their difference.
+        So is the same sum over another cohort: noise for a larger one would be too little.
         Raises `UpdateRefused` when it is not affordable any more.
         """
-        updates = digest_of(tokens)
+        updates, cohort = digest_of(tokens), self.rules.cohort
         # Entries of one round follow each other.
         for known in takewhile(lambda each: each.round == round_number, reversed(self.releases)):
-            if (known.version, known.updates) == (version, updates):
+            if (known.version, known.updates, known.rules.cohort) == (version, updates, cohort):
                 return known
         if not self.affordable:
             raise UpdateRefused(f"one more release would cost more than an epsilon of {self.target_epsilon:g}")

@@ -32,6 +32,15 @@ def test_the_same_sum_is_one_release_and_another_sum_of_its_round_is_a_second():
     assert ledger.release_of(8, 3, ["a", "b"]).step == 2
 
 
+def test_the_same_sum_over_another_cohort_is_another_release():
+    """The aggregator restarts behind an entry with a smaller cohort: the noise of the entry would be too little."""
+    ledger = LEDGER.entered(first := LEDGER.release_of(7, 3, ["a", "b"]))
+    smaller = replace(ledger, rules=replace(RULES, cohort=5))
+    second = smaller.release_of(7, 3, ["a", "b"])
+    assert (second.step, second.rules.deviation) == (2, 2 * first.rules.deviation)
+    assert smaller.entered(second).release_of(7, 3, ["a", "b"]) == second
+
+
 def test_entries_follow_each_other_without_a_gap():
     with pytest.raises(ValueError, match="cannot follow"):
         LEDGER.entered(replace(LEDGER.release_of(1, 1, []), step=2))
