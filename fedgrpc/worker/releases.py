@@ -16,6 +16,7 @@ from fedgrpc.errors import CorruptError, FedgrpcError, StorageError, WrongOffset
 from fedgrpc.protocol.durations import duration_from_proto
 from fedgrpc.rpc.retry import Backoff, Retries
 from fedgrpc.v1.models_pb2 import ServedVersion
+from fedgrpc.worker.caller import told_reason
 from fedgrpc.worker.held_model import HeldModel, Source
 from fedgrpc.worker.model_pulls import ModelPulls
 from fedgrpc.worker.release_calls import ReleaseCalls
@@ -125,7 +126,7 @@ class ReleaseFollower:
                 )
                 final = not error.retryable and not isinstance(error, _DAMAGED)
                 if final or isinstance(error, StorageError):
-                    await self._report_failure(wanted, str(error))
+                    await self._report_failure(wanted, error)
                 if final:
                     return None
                 await asyncio.sleep(retries.next_delay_s())
@@ -146,14 +147,14 @@ class ReleaseFollower:
         try:
             scores = {} if wanted.without_scores else await self._score(wanted.run_id, model)
         except FedgrpcError as error:
-            await self._report_failure(wanted, str(error))
+            await self._report_failure(wanted, error)
         else:
             await self._calls.report_release(wanted.run_id, wanted.release, scores, "")
         return model
 
-    async def _report_failure(self, wanted: ServedVersion, reason: str) -> None:
+    async def _report_failure(self, wanted: ServedVersion, failed: FedgrpcError) -> None:
         """Tell why this device cannot use a version, as soon as the aggregator can be reached."""
-        retries = Retries(self._again)
+        reason, retries = told_reason(failed, wanted.without_scores), Retries(self._again)
         while True:
             try:
                 return await self._calls.report_release(wanted.run_id, wanted.release, {}, reason)

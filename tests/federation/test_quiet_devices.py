@@ -6,12 +6,13 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from fedgrpc.errors import TaskUnfit, UsageError
+from fedgrpc.errors import StorageError, TaskUnfit, UsageError
 from fedgrpc.privacy.policy import PrivacyPolicy
 from fedgrpc.trainer import LocalExamples
 from fedgrpc.v1 import aggregator_pb2 as pb
 from fedgrpc.v1 import models_pb2, round_pb2
 from fedgrpc.worker.process import run_worker
+from fedgrpc.worker.released_models import ReleasedModels
 from fedgrpc.worker.settings import WorkerSettings
 from tests.federation.test_releases import finished_run, refused, start, until_phase
 from tests.support.many_runs import QUICK, hosting
@@ -106,3 +107,17 @@ async def test_a_release_is_not_scored_by_devices_that_tell_nothing_of_their_dat
         done = await until_phase(models, models_pb2.RELEASE_PHASE_DONE)
         assert [dict(report.scores) for report in done.reports] == [{}, {}]
         assert not scored
+
+
+@pytest.mark.parametrize("metrics", [True, False])
+async def test_why_a_device_does_not_serve_a_release_is_told_by_its_kind_alone(tmp_path, monkeypatch, metrics):
+    def full(*_):
+        raise StorageError(SECRET)
+
+    async with finished_run(tmp_path, **private(metrics)) as (_, models, _):
+        monkeypatch.setattr(ReleasedModels, "publish", full)
+        await models.StartRelease(start("2", conditions=()))
+        withdrawn = await until_phase(models, models_pb2.RELEASE_PHASE_ROLLED_BACK)
+    told = str(withdrawn)
+    assert "StorageError" in told or metrics
+    assert (SECRET in told) is metrics

@@ -33,7 +33,7 @@ def test_the_same_sum_is_one_release_and_another_sum_of_its_round_is_a_second():
 
 
 def test_the_same_sum_over_another_cohort_is_another_release():
-    """The aggregator restarts behind an entry with a smaller cohort: the noise of the entry would be too little."""
+    """The aggregator restarts behind an entry with a smaller cohort: the noise entered is too little."""
     ledger = LEDGER.entered(first := LEDGER.release_of(7, 3, ["a", "b"]))
     smaller = replace(ledger, rules=replace(RULES, cohort=5))
     second = smaller.release_of(7, 3, ["a", "b"])
