@@ -17,7 +17,7 @@ import grpc.aio
 import structlog
 
 from fedgrpc.aio import until_done
-from fedgrpc.errors import LinkError
+from fedgrpc.errors import FedgrpcError, LinkError
 from fedgrpc.rpc.relay import OF_PROCESS, Kind, Link, fields_of, joined
 from fedgrpc.rpc.status import ErrorInterceptor, error_of
 
@@ -67,6 +67,7 @@ class Handlers:
 
     def __init__(self) -> None:
         self._of_service: dict[str, dict[str, Any]] = {}
+        self._of_path: dict[str, Any] = {}
         self._generic: list[grpc.GenericRpcHandler] = []
 
     def add_generic_rpc_handlers(self, handlers: Iterable[grpc.GenericRpcHandler]) -> None:
@@ -76,6 +77,7 @@ class Handlers:
     def add_registered_method_handlers(self, service: str, handlers: Mapping[str, Any]) -> None:
         """Add the handlers of a service, by the names of its methods."""
         self._of_service.setdefault(service, {}).update(handlers)
+        self._of_path |= {f"/{service}/{name}": handler for name, handler in handlers.items()}
 
     def serve_on(self, server: grpc.aio.Server, frequent: Collection[str]) -> None:
         """Let `server` have them all; `frequent` are paths of methods to register."""
@@ -87,8 +89,8 @@ class Handlers:
 
     async def find(self, details: Any) -> Any:
         """Return the handler of a call; None without one."""
-        _, service, method = f"{details.method}//".split("/", 3)[:3]
-        if (registered := self._of_service.get(service, {}).get(method)) is not None:
+        # The whole path: callers choose it, and whoever finds a handler keeps it by that.
+        if (registered := self._of_path.get(details.method)) is not None:
             return registered
         return next(filter(None, (each.service(details) for each in self._generic)), None)
 
@@ -111,6 +113,7 @@ class RelayedCall:
         self._writing: asyncio.Future[None] | None = None
         self._doing: asyncio.Future[bytes] | None = None
         self._on_progress: Callable[[int], None] = lambda number: None
+        self._refusal: FedgrpcError | None = None
 
     def peer(self) -> str:
         """See gRPC."""
@@ -160,8 +163,9 @@ class RelayedCall:
     async def do(self, work: bytes, on_progress: Callable[[int], None] = lambda number: None) -> bytes:
         """Have the ingest process do work with the rest of the call's messages; return its result.
 
-        `on_progress` gets each number that it tells meanwhile. Cancelled, it returns or raises only once the work
-        has ended. Raises the domain error that the work raised, and `LinkError` where its process has died.
+        `on_progress` gets each number that it tells meanwhile. The work ends where that raises a domain error, and
+        this raises the same. Cancelled, it returns or raises only once the work has ended. Raises the domain error
+        that the work raised, and `LinkError` where its process has died.
         """
         self._on_progress = on_progress
         self._doing = asyncio.get_running_loop().create_future()
@@ -180,10 +184,17 @@ class RelayedCall:
     def on_work(self, kind: Kind, body: bytes) -> None:
         """Hear of work that the ingest process does."""
         if kind is Kind.PROGRESS:
-            self._on_progress(int.from_bytes(body, "little"))
+            try:
+                self._on_progress(int.from_bytes(body, "little"))
+            except FedgrpcError as error:
+                # It ends this work, and not the link with all its calls.
+                self._refusal = error
+                self._link.send(Kind.STOP_DOING, self._number)
         elif self._doing is not None and not self._doing.done():
             if kind is Kind.DONE:
                 self._doing.set_result(body)
+            elif self._refusal is not None:
+                self._doing.set_exception(self._refusal)
             else:
                 self._doing.set_exception(error_of(*(field.decode() for field in fields_of(body))))
 

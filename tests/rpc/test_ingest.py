@@ -25,6 +25,8 @@ from tests.support.certificates import make_authority, make_certificate
 from tests.support.echo_service import NAME, SHAPES, call, echo_service
 from tests.support.hand_driven_device import PATIENCE_S
 
+HEALTH = "/grpc.health.v1.Health/Check"
+
 
 def processes(count):
     return Ingest(count, "tests.support.echo_ingest", {})
@@ -60,6 +62,12 @@ class Told:
         result = await context.do(request, told.append)
         return result + str(told).encode()
 
+    async def refuse(self, request, context):
+        def hear(number):
+            raise RoundClosed("enough")
+
+        return await context.do(request, hear)
+
     async def who(self, request, context):
         return f"{peer_of(context)} {Session.of(context)} {caller()}".encode()
 
@@ -74,7 +82,7 @@ class Told:
     def service(self):
         handlers = {
             name: grpc.unary_unary_rpc_method_handler(getattr(self, name))
-            for name in ("shown", "who", "wait", "work")
+            for name in ("refuse", "shown", "who", "wait", "work")
         }
         handler = grpc.method_handlers_generic_handler("test.Told", handlers)
         return Service("test.Told", self, lambda told, server: server.add_generic_rpc_handlers((handler,)))
@@ -138,6 +146,32 @@ async def test_work_that_a_process_does_for_a_servicer_has_its_messages_its_prog
         assert [answer async for answer in stream] == [b"1", b"2", b"did2[1, 2]"]
         with pytest.raises(RoundClosed, match="no work today"), domain_errors():
             await channel.unary_unary("/test.Told/work")(b"fail")
+
+
+async def test_a_servicer_that_wants_no_more_of_a_work_ends_it_and_no_other_call():
+    async with serving(Told().service) as server, open_channel(server.address) as channel:
+        beside = channel.stream_stream("/test.Told/work")()
+        await beside.write(b"did")
+        stream = channel.stream_stream("/test.Told/refuse")()
+        for message in (b"did", b"1"):
+            await stream.write(message)
+        with pytest.raises(RoundClosed, match="enough"), domain_errors():
+            await asyncio.wait_for(_read_to_its_end(stream), PATIENCE_S)
+        await beside.done_writing()
+        assert [answer async for answer in beside] == [b"did0[]"]
+
+
+async def _read_to_its_end(stream):
+    async for _ in stream:
+        pass
+
+
+@pytest.mark.parametrize("path", [f"{HEALTH}/more", f"/x{HEALTH}"])
+async def test_a_path_that_has_more_than_service_and_method_is_no_method(path):
+    async with serving() as server, open_channel(server.address) as channel:
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await channel.unary_unary(path)(b"")
+        assert caught.value.code() is grpc.StatusCode.UNIMPLEMENTED
 
 
 async def test_a_process_that_is_killed_is_started_again_and_its_calls_end():
