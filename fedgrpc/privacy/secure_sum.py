@@ -14,9 +14,9 @@ The rules of a participant:
 
 - It answers one question a round and only that one again, so never for both secrets of a neighbour.
 - It answers only if its own vector counts, and if at least a threshold of its neighbours' vectors do.
-- It answers only if a threshold of its neighbours confirmed that they were told the same roster and asked the
-  same question (as in the consistency check of arXiv 1611.04482). Confirmations are HMAC-SHA256 under a key of
-  each pair.
+- It answers only if a threshold of its neighbours, and as many as its own `least` wants, confirmed that they were
+  told the same roster and asked the same question (as in the consistency check of arXiv 1611.04482).
+  Confirmations are HMAC-SHA256 under a key of each pair.
 - Its masks follow from the roster too: those of two devices that were told different ones never cancel. With two
   rosters or two questions, an aggregator would else learn sums of a few devices.
 
@@ -198,10 +198,9 @@ class Participant:
             and name in arrived
             and hmac.compare_digest(proof, self._confirmation(name, arrived, outwards=False))
         ]
-        if len(agreeing) < self.circle.threshold:
-            raise UpdateRefused(
-                f"{len(agreeing)} neighbours confirm this question, fewer than {self.circle.threshold}"
-            )
+        # Who does not confirm may be there by name alone: keys of a former round, whose masks are known by now.
+        if len(agreeing) < self._wanted:
+            raise UpdateRefused(f"{len(agreeing)} neighbours confirm this question, fewer than {self._wanted}")
         answers = {}
         for name in self.circle.neighbours:
             shares = self._opened(name, sealed.get(name, b""))
@@ -216,9 +215,13 @@ class Participant:
         if self.circle.name not in arrived:
             raise UpdateRefused("the sum that is asked about does not hold this device's update")
         mine = len(arrived & self.circle.neighbours.keys())
-        wanted = max(self.circle.threshold, self.circle.least - 1)
-        if mine < wanted:
-            raise UpdateRefused(f"{mine} neighbours are in the sum, fewer than {wanted}")
+        if mine < self._wanted:
+            raise UpdateRefused(f"{mine} neighbours are in the sum, fewer than {self._wanted}")
+
+    @property
+    def _wanted(self) -> int:
+        """So many neighbours have to be in the sum, and to confirm it."""
+        return max(self.circle.threshold, self.circle.least - 1)
 
     def _confirmation(self, name: str, arrived: AbstractSet[str], *, outwards: bool) -> bytes:
         names = label("arrived", self._roster_digest, *(each.encode() for each in sorted(arrived)))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from random import Random
 
 import numpy as np
@@ -238,6 +238,16 @@ class TestParticipant:
         with pytest.raises(UpdateRefused, match="3 neighbours confirm"):
             world.devices["w000"].answer(everyone, few, world.sealed["w000"])
         assert world.devices["w000"].answer(everyone, few | {"w004": confirmed["w004"]}, world.sealed["w000"])
+
+    def test_who_does_not_confirm_is_not_counted_for_the_least_size_that_a_device_wants(self) -> None:
+        """Keys of a former round, whose masks are known by now, would else make a small sum look large."""
+        world, everyone = self._world(), {f"w{number:03}" for number in range(8)}
+        confirmed = world.confirmed(world.names, everyone)["w000"]
+        device = Participant(replace(world.devices["w000"].circle, least=8), world.secrets["w000"])
+        few = {name: confirmed[name] for name in world.names[1:7]}
+        with pytest.raises(UpdateRefused, match="6 neighbours confirm this question, fewer than 7"):
+            device.answer(everyone, few, world.sealed["w000"])
+        assert device.answer(everyone, confirmed, world.sealed["w000"])
 
     def test_a_question_that_others_were_not_asked_is_not_answered(self) -> None:
         # An aggregator would else name other dropped devices to each, and learn the sum of two.
