@@ -188,6 +188,25 @@ def test_devices_that_miss_the_deadline_waste_their_training(tmp_path: Path) -> 
     assert version_rows(history)[-1].wasted_share > 0.5
 
 
+def test_training_for_a_round_that_was_abandoned_is_wasted(tmp_path: Path) -> None:
+    """Updates that were accepted in time counted as training that a version has."""
+    slow = replace(STEADY, name="slow", count=3, examples_per_s=1.0)
+    policy = replace(POLICY, min_workers=6, max_participants=6, quorum=6, deadline_s=10.0, lease_s=5.0)
+    with pytest.raises(FedgrpcError, match="paused"):
+        _play(_experiment(replace(STEADY, count=3), slow, policy=policy), tmp_path)
+    last = History(tmp_path / "history.jsonl").rows[-1]
+    assert not last.committed
+    assert last.accepted > 1
+    assert last.wasted_s == pytest.approx(last.trained_s, rel=1e-6)
+
+
+def test_a_simulation_resumes_with_its_own_seed_alone(tmp_path: Path) -> None:
+    experiment = _experiment()
+    _play(experiment, tmp_path, hours=12 / 3600)
+    with running_engine("inline", experiment, 1) as running, pytest.raises(UsageError, match="seed 1, not 2"):
+        LearningRun(experiment, tmp_path, running, seed=2).run()
+
+
 def test_with_a_reserve_for_the_upload_slow_devices_train_less_and_come_in_time(tmp_path: Path) -> None:
     slow = replace(QUICK, name="slow", count=4, examples_per_s=4.0, scored_per_s=100.0)
     policy = replace(POLICY, min_workers=4, deadline_s=30.0)

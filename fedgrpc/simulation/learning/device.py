@@ -62,7 +62,7 @@ class SimulatedDevice:
         world.tally.trained_s += task.trained_s
         if accepted:
             world.tally.accepted += 1
-            world.accepted[message.token] = self.name
+            world.accepted[message.token] = self.name, task.trained_s
         else:
             world.tally.wasted_s += task.trained_s
             task.drop()

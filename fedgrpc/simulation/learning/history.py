@@ -84,6 +84,11 @@ class History:
         """Take a new world to where the last round has left the former one. Raises `UsageError`."""
         if not self.rows:
             return
+        if (seed := self._state.get("seed")) != world.seed:
+            raise UsageError(
+                f"{self._path} was begun with seed {seed}, not {world.seed}: resume with that seed, "
+                "or name another folder with --out"
+            )
         try:
             world.restore(self._state)
         except (ValueError, TypeError, KeyError, UnknownWorker) as error:

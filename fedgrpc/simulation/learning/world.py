@@ -38,9 +38,9 @@ class Tally:
 class World:
     """One simulation, as its devices see it; `clock` gives virtual seconds.
 
-    `held` has the model that each device holds, by its name; `accepted` the devices whose updates wait for the end
-    of their round, and `at_work` how long those at work may be, both by token. `examples`, and `held_out` ones to
-    score with, are those of each device, by its index; 0: not known yet.
+    `held` has the model that each device holds, by its name. By token, `accepted` has the devices whose updates
+    wait for the end of their round and how long each has trained, and `at_work` how long those at work may be.
+    `examples`, and `held_out` ones to score with, are those of each device, by its index; 0: not known yet.
     """
 
     aggregator: SimulatedAggregator
@@ -55,7 +55,7 @@ class World:
     examples: list[int] = field(default_factory=list)
     held_out: list[int] = field(default_factory=list)
     in_use: dict[str, HeldKey] = field(default_factory=dict)
-    accepted: dict[str, str] = field(default_factory=dict)
+    accepted: dict[str, tuple[str, float]] = field(default_factory=dict)
     at_work: dict[str, asyncio.Timeout] = field(default_factory=dict)
     tally: Tally = field(default_factory=Tally)
     clients: Path = field(init=False)
@@ -69,6 +69,7 @@ class World:
         """Return where everybody stands between two rounds, as JSON has it."""
         counted = (self.examples, self.held_out) != (list(self.facts.examples), list(self.facts.held_out))
         return {
+            "seed": self.seed,
             "held": {name: [key.version, key.digest, key.sub_model] for name, key in self.held.items()},
             "devices": self.devices.state(),
             "fleet": self.aggregator.fleet_state(),
@@ -106,7 +107,11 @@ class World:
     def round_ended(self, tokens: frozenset[str], committed: bool) -> None:
         """Settle the accepted updates of a round that has ended, and end its tasks, but for those of `tokens`."""
         for token in [each for each in self.accepted if each not in tokens]:
-            self.files(self.accepted.pop(token)).settle(accepted=committed)
+            name, trained_s = self.accepted.pop(token)
+            self.files(name).settle(accepted=committed)
+            if not committed:
+                # No version has it.
+                self.tally.wasted_s += trained_s
         for token, limit in self.at_work.items():
             if token not in tokens:
                 limit.reschedule(self.clock())
