@@ -182,13 +182,14 @@ class EncodedModels:
         # On the event loop, before the thread removes files: from here on nobody is given one of these.
         gone = [variant for variant in self._made if variant.version not in keep]
         pulled = {variant.version for variant in gone if self._let_go(variant)}
+        # Also of payloads that could not be made, or were pruned while somebody waited for them.
+        self._asked = {variant: asked for variant, asked in self._asked.items() if variant.version in keep}
         await asyncio.to_thread(self._remove_files, keep, models, pulled)
 
     def _let_go(self, variant: Variant) -> bool:
         """Forget a payload; return whether it is still being pulled."""
         made = self._made.pop(variant)
         self._looked_at.pop(variant, None)
-        self._asked.pop(variant, None)
         self._early.pop(variant, None)
         # Still being encoded, from the model's file.
         if not made.done():

@@ -92,7 +92,7 @@ class IngestUploads:
         """Take an upload until its stream ends; see `Stored`. Raises as `PushUpdate` says."""
         order, header = UploadOrder.decoded(order_bytes)
         manifest = manifest_from_proto(header.manifest)
-        upload = await asyncio.to_thread(self._begun, order, header, manifest)
+        upload = await self._opened(order, header, manifest)
         told_at = time.monotonic()
 
         async def tell_now_and_then() -> None:
@@ -116,6 +116,15 @@ class IngestUploads:
             reader.release()
             if not upload.closed:
                 await asyncio.to_thread(upload.close)
+
+    async def _opened(self, order: UploadOrder, header: UpdateHeader, manifest: Manifest) -> Upload:
+        """Begin or continue an upload. Cancelled, it raises only once its file is closed again."""
+        beginning = asyncio.create_task(asyncio.to_thread(self._begun, order, header, manifest))
+        if (cancelled := await until_done(beginning)) is not None:
+            if beginning.exception() is None:
+                await asyncio.to_thread(beginning.result().close)
+            raise cancelled
+        return beginning.result()
 
     def _begun(self, order: UploadOrder, header: UpdateHeader, manifest: Manifest) -> Upload:
         with self._opening:

@@ -200,11 +200,20 @@ class Receiver:
                     return await self._store_there(arrival, report, expected, chunks.relayed, stream)
                 if whole is None and (not is_new or may_have_sides(manifest.size_bytes)):
                     # How much is there already tells how fast it comes, and which stream has the next chunk.
-                    await asyncio.to_thread(arrival.opened)
+                    await self._open(arrival)
                 return await self._store(arrival, report, expected, chunks, whole, stream)
             except StorageError as error:
                 self._data_folder.failed(Use.UPDATES, error)
                 raise
+
+    async def _open(self, arrival: Arrival) -> None:
+        """Open the file of an upload. Cancelled, it leaves none open, and none that no round wants."""
+        try:
+            # To its end: the next stream of this upload opens the same file once this one has left its slot.
+            await to_its_end(asyncio.to_thread(arrival.opened))
+        except asyncio.CancelledError:
+            await asyncio.to_thread(arrival.close, not self._run.takes_update(arrival.header.token))
+            raise
 
     async def receive_beside(self, worker: str, token: str, chunks: UploadChunks) -> None:
         """Take the chunks of a side stream. Raises as `PushUpdate` in aggregator.proto says."""
@@ -281,7 +290,7 @@ class Receiver:
             if whole is None:
                 with self._in_progress.reading(token, size_bytes, reader):
                     last = await reader.run(chunks, self._settings.policy.lease_s, still_wanted)
-            if last is None and size_bytes and not (await asyncio.to_thread(arrival.opened)).complete:
+            if last is None and size_bytes and not (await to_its_end(asyncio.to_thread(arrival.opened))).complete:
                 return arrival.size_bytes, False
             stream.complete()
             took_s = time.monotonic() - self._begun.get(token, time.monotonic())

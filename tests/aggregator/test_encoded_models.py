@@ -212,6 +212,16 @@ async def test_nothing_is_begun_early_where_no_difference_will_be_asked_for(tmp_
         assert not [*tmp_path.glob("encoded/000002-*")]
 
 
+async def test_nothing_stays_of_who_asked_for_a_payload_that_was_gone_before_its_version(tmp_path):
+    async with versions_in(tmp_path) as versions:
+        versions.write(1, 2)
+        await versions.pull(1)
+        # As after a read that failed.
+        versions.encoded._made.clear()
+        await versions.encoded.prune(frozenset({2}))
+        assert not versions.encoded._asked
+
+
 async def test_what_was_begun_early_and_failed_is_made_once_it_is_asked_for(tmp_path):
     async with versions_in(tmp_path) as versions:
         versions.write(1, 2)
