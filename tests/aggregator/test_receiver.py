@@ -207,7 +207,7 @@ async def test_a_round_that_closes_while_an_update_is_verified_refuses_it_and_ke
 async def test_updates_that_end_at_once_are_decoded_one_after_the_other_where_they_are_large(
     tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(receiver_module, "_DECODING_BYTES", 1)
+    monkeypatch.setattr(receiver_module, "DECODING_BYTES", 1)
     at_once, most = 0, 0
 
     def counting(stored, expected):

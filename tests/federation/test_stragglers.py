@@ -233,7 +233,7 @@ async def silent_upload(running, device, task, messages):
     for message in chunks(payload)[:messages]:
         await call.write(message)
     await device.until_held(task, 2048 * messages)
-    await until(running.kept_updates)
+    await until(running.running_uploads)
     return call
 
 
@@ -288,7 +288,7 @@ async def test_silent_streams_take_no_memory_from_those_that_send(tmp_path):
         calls = [device.stub.PushUpdate() for device in silent]
         for device, task, call in zip(silent, tasks, calls, strict=True):
             await call.write(pb.PushUpdateRequest(header=device.header(task, manifest)))
-        await until(lambda: len(running.kept_updates()) == 4)
+        await until(lambda: len(running.running_uploads()) == 4)
         # They would have it for as long as a lease, which is longer than a push waits here.
         assert (await good.push(good_task)).complete
         for call in calls:

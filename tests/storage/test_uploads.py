@@ -37,7 +37,7 @@ def send(upload, stop, start=None, size=512):
 
 
 def names(journal):
-    return sorted(path.name for path in journal._folder.iterdir() if path.is_file())
+    return sorted(path.name for path in journal.folder.iterdir() if path.is_file())
 
 
 def test_an_update_sent_in_pieces_is_loaded_whole(journal):
@@ -182,7 +182,7 @@ def test_an_update_without_tensors_is_kept_too(journal):
 
 @pytest.mark.parametrize("content", [b"", b"\0", b"\xff" * 300, b"\x05\0\0\0junk!"])
 def test_an_accepted_update_that_is_damaged_is_no_fault_of_the_disk_that_waiting_mends(journal, content):
-    path = journal._folder / "token.update"
+    path = journal.folder / "token.update"
     path.write_bytes(content)
     with pytest.raises(CorruptError, match="damaged"):
         journal.load("token")
@@ -263,13 +263,13 @@ def test_nothing_of_a_file_whose_sync_failed_is_acknowledged(journal, monkeypatc
 def test_an_accepted_update_that_goes_before_it_is_read_is_a_storage_error(journal):
     """A commit finds its file and then opens it: the disk may fail in between."""
     stored = accept(journal, "token", TENSORS)
-    shutil.rmtree(journal._folder)
+    shutil.rmtree(journal.folder)
     with pytest.raises(StorageError, match=r"cannot read the update .*: No such file"), stored.open():
         pass
 
 
 def test_a_folder_that_is_gone_is_a_storage_error(journal):
-    shutil.rmtree(journal._folder)
+    shutil.rmtree(journal.folder)
     with pytest.raises(StorageError, match="cannot store an update: No such file"):
         journal.begin(HEADER, MANIFEST)
     with pytest.raises(StorageError, match=r"cannot use .*: No such file"):

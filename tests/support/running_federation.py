@@ -116,6 +116,10 @@ class RunningAggregator:
         """Names of the updates on the disk, accepted or on their way; not of files to be used again."""
         return [path.name for path in (self.settings.data_dir / "uploads").iterdir() if path.is_file()]
 
+    def running_uploads(self):
+        """Tokens of the tasks whose updates are on their way; their files open with their first bytes."""
+        return set(self.aggregator.runs.own.service._receiver._slots._streams)
+
     def weights(self, version):
         """A model version as it lies on the disk."""
         return load_file(self.settings.data_dir / "models" / f"{version:06d}.safetensors")
