@@ -20,12 +20,11 @@ from typing import Final
 import structlog
 
 from fedgrpc.aggregator.chunk_cache import CACHE_BYTES, SENDING_BYTES, ChunkCache, PayloadFile
-from fedgrpc.aggregator.delta_bases import DeltaBases, Held
-from fedgrpc.aggregator.model_store import ModelStore, Signature, outdated
+from fedgrpc.aggregator.delta_bases import DeltaBases
+from fedgrpc.aggregator.model_store import ModelStore, outdated
 from fedgrpc.aggregator.payload_encoder import EncodedModel, FindChannels, PayloadEncoder, Pull, Variant
 from fedgrpc.codec.chunk import LARGE_CHUNK_BYTES
 from fedgrpc.errors import FedgrpcError, StorageError
-from fedgrpc.runs.task_context import Downlink
 from fedgrpc.storage.files import make_private, storage_errors
 
 log = structlog.get_logger()
@@ -62,9 +61,6 @@ class EncodedModels:
         self._encoder = PayloadEncoder(self._folder, models, self._bases, find_channels)
         self._made: dict[Variant, asyncio.Future[EncodedModel | None]] = {}
         self._looked_at: dict[Variant, float] = {}
-        # How many asked for a payload, and over which downlink; the files of versions that were encoded early.
-        self._asked: dict[Variant, tuple[int, Downlink]] = {}
-        self._early: dict[Variant, Signature] = {}
         self._encoders = ThreadPoolExecutor(_ENCODERS, thread_name_prefix="encoding")
         self.chunk_cache = ChunkCache(CACHE_BYTES, SENDING_BYTES, max_chunk_bytes=max_chunk_bytes)
 
@@ -80,42 +76,11 @@ class EncodedModels:
         variant = self._variant_for(pull)
         if variant is None:
             return EncodedModel.unchanged(pull.version)
-        if (encoded := await self._shared(variant)) is None:
-            variant = Variant.whole_of(pull)
-            encoded = await self._shared(variant)
+        encoded = await self._shared(variant) or await self._shared(Variant.whole_of(pull))
         assert encoded is not None
-        self._asked[variant] = self._asked.get(variant, (0, pull.downlink))[0] + 1, pull.downlink
         # A worker may hold this very payload, of a version whose base is gone.
         holds_it = pull.held == (pull.version, encoded.manifest.digest)
         return EncodedModel.unchanged(pull.version) if holds_it else encoded
-
-    def encode_early(self, version: int) -> None:
-        """Begin the difference that most workers will ask for, of a version that is written and not yet recorded.
-
-        That is the one to what most have got of the version before.
-        """
-        asked = [
-            (count, variant, downlink)
-            for variant, (count, downlink) in self._asked.items()
-            if variant.version == version - 1 and variant.kept and not variant.sub_model_name
-        ]
-        if not asked:
-            return
-        _, before, downlink = max(asked, key=lambda each: each[0])
-        if (held := self._held_after(before)) is None:
-            return
-        difference = self._variant_for(Pull(version, downlink, held))
-        if difference is not None and difference.base is not None and difference not in self._made:
-            self._early[difference] = self._models.signature(version)
-            self._begin(difference)
-
-    def _held_after(self, variant: Variant) -> Held | None:
-        """Return what those hold who have got a payload; None where it is not there."""
-        made = self._made.get(variant)
-        if made is None or not made.done() or made.cancelled() or made.exception() is not None:
-            return None
-        encoded = made.result()
-        return None if encoded is None or encoded.payload is None else (variant.version, encoded.manifest.digest)
 
     def _variant_for(self, pull: Pull) -> Variant | None:
         """Choose the payload; None: the worker holds the version already."""
@@ -141,12 +106,11 @@ class EncodedModels:
 
         One that changed on the disk is made again next time.
         """
-        early = self._early.pop(variant, None)
-        if early is not None and early != self._models.signature(variant.version):
-            # A commit that was cut off has written this version again since.
-            del self._made[variant]
         if variant not in self._made:
-            self._begin(variant)
+            # The future itself is kept, so that all who ask meanwhile wait for one encoding.
+            self._made[variant] = asyncio.get_running_loop().run_in_executor(
+                self._encoders, self._encoder.encode, variant
+            )
         try:
             # The first to ask may leave while others wait for the same payload.
             made = await asyncio.shield(self._made[variant])
@@ -157,13 +121,6 @@ class EncodedModels:
             self._made.pop(variant, None)
             raise
         return made
-
-    def _begin(self, variant: Variant) -> None:
-        # The future itself is kept, so that all who ask meanwhile wait for one encoding.
-        made = asyncio.get_running_loop().run_in_executor(self._encoders, self._encoder.encode, variant)
-        # Perhaps nobody asks for what was begun early, and asyncio logs exceptions that nobody retrieves.
-        made.add_done_callback(lambda ended: ended.cancelled() or ended.exception())
-        self._made[variant] = made
 
     async def _look_at(self, variant: Variant, payload: PayloadFile) -> None:
         """Read a payload through now and then, before it is sent. Raises `StorageError`."""
@@ -182,15 +139,12 @@ class EncodedModels:
         # On the event loop, before the thread removes files: from here on nobody is given one of these.
         gone = [variant for variant in self._made if variant.version not in keep]
         pulled = {variant.version for variant in gone if self._let_go(variant)}
-        # Also of payloads that could not be made, or were pruned while somebody waited for them.
-        self._asked = {variant: asked for variant, asked in self._asked.items() if variant.version in keep}
         await asyncio.to_thread(self._remove_files, keep, models, pulled)
 
     def _let_go(self, variant: Variant) -> bool:
         """Forget a payload; return whether it is still being pulled."""
         made = self._made.pop(variant)
         self._looked_at.pop(variant, None)
-        self._early.pop(variant, None)
         # Still being encoded, from the model's file.
         if not made.done():
             return True

@@ -23,8 +23,6 @@ _VERSION: Final = re.compile(r"(\d+)(-|\.safetensors$)")
 # One version is written at a time. Overwriting a file is faster than making one: its blocks are allocated.
 _MAX_RECYCLED: Final = 1
 
-Signature = tuple[int, ...]
-
 
 class ModelStore:
     """The versions in a data folder."""
@@ -32,7 +30,7 @@ class ModelStore:
     def __init__(self, data_dir: Path) -> None:
         """Take up what a former process has left. Raises OSError."""
         # The last one opened: a round asks for its base again and again.
-        self._opened: tuple[Signature, ModelFile] | None = None
+        self._opened: tuple[tuple[int, ...], ModelFile] | None = None
         self._models = data_dir / "models"
         self._optimizer_states = data_dir / "optimizer"
         for folder in (self._models, self._optimizer_states):
@@ -55,13 +53,6 @@ class ModelStore:
 
     def open(self, version: int) -> ModelFile:
         """Return the file of a version. Raises `NotFound`, and `StorageError` when it is damaged."""
-        signature = self.signature(version)
-        if self._opened is None or self._opened[0] != signature:
-            self._opened = (signature, _open(self.path(version)))
-        return self._opened[1]
-
-    def signature(self, version: int) -> Signature:
-        """Return what tells the file of a version from a later one. Raises `NotFound` and `StorageError`."""
         path = self.path(version)
         try:
             about = path.stat()
@@ -70,7 +61,10 @@ class ModelStore:
         except OSError as error:
             raise StorageError(f"cannot read the model {path}: {error.strerror}") from error
         # The file may be another one: a commit that was cut off writes the same version again.
-        return version, about.st_ino, about.st_size, about.st_mtime_ns
+        signature = (version, about.st_ino, about.st_size, about.st_mtime_ns)
+        if self._opened is None or self._opened[0] != signature:
+            self._opened = (signature, _open(path))
+        return self._opened[1]
 
     def open_optimizer_state(self, version: int) -> ModelFile | None:
         """Return the server optimizer's state after `version`; None where it keeps none."""

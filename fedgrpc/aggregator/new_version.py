@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
@@ -158,10 +158,7 @@ class NewVersion:
         updates: AcceptedUpdates,
         models: ModelStore,
         local_models: LocalModels,
-        written: Callable[[int], None] = lambda number: None,
     ) -> None:
-        """`written` hears of a version whose file is durable, and which nothing has recorded yet."""
-        self._written = written
         self._run = run
         self._settings = settings
         self._updates = updates
@@ -201,7 +198,6 @@ class NewVersion:
             digest = await asyncio.to_thread(files.write, *paths)
         except NotFinite as error:
             raise await asyncio.to_thread(self._updates.blamed, error, merge) from error
-        self._written(number)
         model = self._models.open(number)
         norm = await asyncio.to_thread(model.norm)
         before, elements = self._run.versions.last, sum(spec.size for spec in model.layout)

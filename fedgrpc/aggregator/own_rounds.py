@@ -54,22 +54,11 @@ class OwnRounds:
         self._upkeep = upkeep
         self._models = coordinator.models
         self._new_version = NewVersion(
-            coordinator.machine,
-            coordinator.settings,
-            updates,
-            coordinator.models,
-            coordinator.local_models,
-            self._encode_early,
+            coordinator.machine, coordinator.settings, updates, coordinator.models, coordinator.local_models
         )
         # Rounds in a row that were abandoned.
         self.abandoned = 0
         self._log = log.bind(run=self._settings.run_name)
-
-    def _encode_early(self, version: int) -> None:
-        """Begin the next difference, unless no round is left that would send it."""
-        rules = self._run.rules
-        if rules.evaluate or not rules.enough(self._run.trained + 1):
-            self._coordinator.encoded_models.encode_early(version)
 
     async def recover(self, recovery: Recovery) -> None:
         """See `RoundSource.recover`."""

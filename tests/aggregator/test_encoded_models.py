@@ -12,7 +12,7 @@ from fedgrpc.aggregator.payload_encoder import Pull
 from fedgrpc.codec.layout import layout_of
 from fedgrpc.codec.payload import PayloadReader, tensors_of
 from fedgrpc.codec.recipe import Recipe
-from fedgrpc.errors import NotFound, StorageError
+from fedgrpc.errors import NotFound
 from fedgrpc.runs.task_context import Downlink
 from fedgrpc.storage.model_file import write_model
 from fedgrpc.submodels.channels import SubModel
@@ -170,66 +170,3 @@ async def test_old_versions_go_while_a_difference_to_one_is_being_made(tmp_path)
         go_on.set()
         assert (await making).base_version == 1
         assert versions.store.versions() == [2, 3]
-
-
-async def test_the_difference_that_most_will_ask_for_is_begun_before_anybody_asks(tmp_path, monkeypatch):
-    async with versions_in(tmp_path) as versions:
-        versions.write(1, 2, 3)
-        rare = await versions.holding(1)
-        usual = await versions.holding(2)
-        for _ in range(3):
-            await versions.pull(2)
-        await versions.pull(2, rare)
-        versions.encoded.encode_early(3)
-        # Nothing else is encoded from here on.
-        monkeypatch.setattr(versions.encoded._encoder, "encode", None)
-        early = await versions.pull(3, usual)
-        assert early.base_version == 2
-    # The same bytes as without.
-    async with versions_in(tmp_path / "other") as others:
-        others.write(1, 2, 3)
-        assert (await others.pull(3, await others.holding(2))).manifest == early.manifest
-
-
-async def test_what_was_begun_early_of_a_version_that_was_written_again_is_not_sent(tmp_path):
-    async with versions_in(tmp_path) as versions:
-        versions.write(1, 2)
-        held = await versions.holding(1)
-        start = tensors_in(await versions.pull(1))["w"]
-        versions.encoded.encode_early(2)
-        versions.write(2)
-        difference = await versions.pull(2, held)
-        assert np.abs(start + tensors_in(difference)["w"] - versions.weights[2]["w"]).max() < 1e-3
-
-
-@pytest.mark.parametrize("downlink", [LOSSY, LOSSLESS])
-async def test_nothing_is_begun_early_where_no_difference_will_be_asked_for(tmp_path, downlink):
-    async with versions_in(tmp_path) as versions:
-        versions.write(1, 2)
-        if downlink is LOSSLESS:
-            await versions.pull(1, downlink=downlink)
-        versions.encoded.encode_early(2)
-        assert not [*tmp_path.glob("encoded/000002-*")]
-
-
-async def test_nothing_stays_of_who_asked_for_a_payload_that_was_gone_before_its_version(tmp_path):
-    async with versions_in(tmp_path) as versions:
-        versions.write(1, 2)
-        await versions.pull(1)
-        # As after a read that failed.
-        versions.encoded._made.clear()
-        await versions.encoded.prune(frozenset({2}))
-        assert not versions.encoded._asked
-
-
-async def test_what_was_begun_early_and_failed_is_made_once_it_is_asked_for(tmp_path):
-    async with versions_in(tmp_path) as versions:
-        versions.write(1, 2)
-        held = await versions.holding(1)
-        folder = tmp_path / "encoded"
-        kept = folder.rename(tmp_path / "away")
-        versions.encoded.encode_early(2)
-        with pytest.raises(StorageError):
-            await versions.pull(2, held)
-        kept.rename(folder)
-        assert (await versions.pull(2, held)).base_version == 1

@@ -290,28 +290,3 @@ async def test_a_device_that_holds_a_sum_keeps_it_through_its_restart_and_asks_f
             assert (await pulled(task, again)).origin_digest in held_on_disk(running, 3)
             names = {path.name for path in (tmp_path / "model").iterdir() if path.name.isdigit()}
             assert names == {"00000003"}
-
-
-async def test_the_next_difference_is_made_while_the_round_that_it_follows_is_recorded(tmp_path):
-    recorded = []
-    async with running_aggregator(tmp_path, rounds=3, policy=ALONE, **INT8) as running:
-        records, encoded = running.aggregator.coordinator.records, running.settings.data_dir / "encoded"
-        end = records.end
-
-        async def end_once_encoded(round_, now, version=None):
-            # Of the last version nobody is sent a difference.
-            async with asyncio.timeout(PATIENCE_S):
-                while version.version < 4 and not [*encoded.glob(f"{version.version:06d}-*")]:  # noqa: ASYNC110 - a folder tells nobody
-                    await asyncio.sleep(0.01)
-            recorded.append(version.version)
-            return await end(round_, now, version)
-
-        records.end = end_once_encoded
-        holder = Holder(await running.device("a"))
-        await a_round(holder, 0)
-        header, _ = await a_round(holder, 1)
-        assert (header.version, header.base_version) == (2, 1)
-        await a_round(holder, 2)
-        await running.until_finished()
-        assert recorded == [2, 3, 4]
-        assert not [*encoded.glob("000004-*")]
