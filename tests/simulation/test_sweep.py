@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -163,6 +164,13 @@ def test_the_table_for_programs_has_what_the_one_for_people_has(tmp_path: Path) 
 def _row(version: int, megabytes: float, score: float | None) -> VersionRow:
     scores = {} if score is None else {"accuracy": score}
     return VersionRow(version, version, megabytes, 1.0, 1, 0, int(megabytes * 1e6), 1.0, 0.0, None, scores)
+
+
+def test_every_column_of_a_version_is_there_once() -> None:
+    """The loss of training was there twice, as `loss` and `train_loss`."""
+    columns = replace(_row(1, 1.0, 0.5), loss=0.25).to_dict()
+    assert columns["train_loss"] == 0.25
+    assert [name for name in columns if "loss" in name] == ["train_loss"]
 
 
 def test_a_band_is_the_mean_and_its_interval_where_all_runs_have_scores() -> None:

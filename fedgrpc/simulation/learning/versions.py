@@ -38,12 +38,8 @@ class VersionRow:
     def to_dict(self) -> dict[str, Any]:
         """Return one value by column."""
         values = asdict(self)
-        scores = values.pop("scores")
-        return {
-            **values,
-            "train_loss": values.pop("loss"),
-            **{f"eval_{name}": scores[name] for name in sorted(scores)},
-        }
+        scores, loss = values.pop("scores"), values.pop("loss")
+        return {**values, "train_loss": loss, **{f"eval_{name}": scores[name] for name in sorted(scores)}}
 
 
 def version_rows(history: History) -> list[VersionRow]:
