@@ -26,6 +26,23 @@ async def test_a_simulation_returns_its_versions_also_beside_an_event_loop(tmp_p
         simulate(EXPERIMENT, tmp_path / "out")
 
 
+def test_a_simulation_resumes_with_the_settings_it_was_begun_with(tmp_path):
+    """A folder that was begun in raw went on in another encoding without a word."""
+
+    def changed(**settings):
+        aggregator = {**EXPERIMENT["aggregator"], **settings}
+        return simulate({**EXPERIMENT, "aggregator": aggregator}, tmp_path / "out", resume=True)
+
+    simulate(EXPERIMENT, tmp_path / "out", hours=0.5 / 3600)
+    with pytest.raises(UsageError, match=r"begun with aggregator\.encoding = 'raw'.* asks for 'int8\+zstd'"):
+        changed(encoding="int8+zstd")
+    with pytest.raises(UsageError, match=r"begun with aggregator\.min_workers = 2"):
+        changed(**{"min-workers": 1})
+    # When it ends, and what is told of it, may change.
+    more = changed(rounds=3, track=[f"jsonl:{tmp_path / 'told.jsonl'}"], patience=10)
+    assert [row.version for row in more] == [1, 2, 3, 4]
+
+
 def test_a_sweep_returns_a_row_for_each_version_of_each_point(tmp_path):
     grid = {"seeds": [0], "experiment": "", "grid": {"aggregator": {"rounds": [1, 2]}}}
     rows = sweep(grid, tmp_path / "out", jobs=1, experiment=EXPERIMENT)

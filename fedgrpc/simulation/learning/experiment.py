@@ -91,12 +91,13 @@ class Availability:
 
 @dataclass(frozen=True)
 class Experiment:
-    """A whole experiment; `settings` without a data folder of its own."""
+    """A whole experiment; `settings` without a data folder of its own. `document` is what it was read from."""
 
     classes: tuple[DeviceKind, ...]
     learning: Learning
     settings: AggregatorSettings
     availability: Availability = Availability()
+    document: Mapping[str, Any] = field(default_factory=dict, repr=False, compare=False)
 
     @property
     def count(self) -> int:
@@ -116,6 +117,7 @@ class Experiment:
             Learning.parse(document.get("learning", {})),
             read_settings(document.get("aggregator", {})),
             toml.read(Availability, document.get("availability", {}), "[availability]"),
+            dict(document),
         )
         if experiment.count > MOST_LEARNING_DEVICES:
             raise UsageError(f"{experiment.count} devices that learn are more than {MOST_LEARNING_DEVICES}")

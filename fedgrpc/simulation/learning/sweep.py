@@ -74,7 +74,6 @@ class Point:
     seed: int
     choices: Mapping[str, Any]
     experiment: Experiment = field(repr=False)
-    document: Mapping[str, Any] = field(repr=False)
     hours: float = math.inf
 
     @property
@@ -104,7 +103,7 @@ def points_of(document: Mapping[str, Any], base: Mapping[str, Any], read: ReadEx
             for name, value in {**changes, "aggregator.seed": seed, "learning.seed": seed}.items():
                 table, _, key = name.partition(".")
                 changed.setdefault(table, {})[key] = value
-            points.append(Point(number, seed, choices, read(changed), changed, search.hours or math.inf))
+            points.append(Point(number, seed, choices, read(changed), search.hours or math.inf))
     if len(points) > MOST_POINTS:
         raise UsageError(f"a sweep of {len(points)} simulations; it may have {MOST_POINTS}: search = 'random'")
     return points
@@ -212,7 +211,7 @@ def tidy_rows(points: Sequence[Point], results: Results) -> list[dict[str, Any]]
 
 
 def _folder(point: Point, folder: Path) -> PointFolder:
-    return PointFolder(folder / "points" / point.folder, point.document, point.hours)
+    return PointFolder(folder / "points" / point.folder, point.experiment.document, point.hours)
 
 
 def _play(point: Point, folder: PointFolder) -> list[VersionRow]:
