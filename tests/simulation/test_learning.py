@@ -207,6 +207,22 @@ def test_a_simulation_resumes_with_its_own_seed_alone(tmp_path: Path) -> None:
         LearningRun(experiment, tmp_path, running, seed=2).run()
 
 
+@pytest.mark.parametrize(("left", "complaint"), [(0, "does not end with round"), (50, "last line was cut off")])
+def test_a_history_that_was_cut_off_before_its_last_line_was_whole_is_refused(
+    left: int, complaint: str, tmp_path: Path
+) -> None:
+    """It was resumed with other rounds, or ended with an error of a file."""
+    experiment = _experiment()
+    _play(experiment, tmp_path, hours=12 / 3600)
+    history = tmp_path / "history.jsonl"
+    lines = history.read_text().splitlines(keepends=True)
+    history.write_text("".join(lines[:-1]) + lines[-1][:left])
+    with pytest.raises(UsageError, match=f"cannot be resumed.*{complaint}"):
+        _play(experiment, tmp_path)
+    history.write_text("".join(lines))
+    assert _play(experiment, tmp_path).rows[-1].version == 6
+
+
 def test_with_a_reserve_for_the_upload_slow_devices_train_less_and_come_in_time(tmp_path: Path) -> None:
     slow = replace(QUICK, name="slow", count=4, examples_per_s=4.0, scored_per_s=100.0)
     policy = replace(POLICY, min_workers=4, deadline_s=30.0)

@@ -8,7 +8,8 @@ version that they are of, perhaps after its line: they are read from the aggrega
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from itertools import takewhile
 from pathlib import Path
@@ -53,22 +54,54 @@ class History:
     """The rounds of a simulation in a file of JSON lines."""
 
     def __init__(self, path: Path) -> None:
-        """Read what a former process has written. Raises `UsageError` for a file that is none."""
+        """Read what a former process has written.
+
+        Raises `UsageError` for a file that is none or that a kill has cut off, and `StorageError`.
+        """
         self._path = path
         self.rows: list[RoundRow] = []
         # Where everybody stood after the last of them.
         self._state: dict[str, Any] = {}
         if path.exists():
             self._read()
+        if (ended := self._recorded()) != (self.rows[-1].round if self.rows else None):
+            raise UsageError(
+                f"{path} cannot be resumed: it does not end with round {ended}, the last one that the aggregator "
+                "has recorded; begin again in another folder"
+            )
 
     def _read(self) -> None:
+        text = self._path.read_text()
+        if text and not text.endswith("\n"):
+            raise UsageError(
+                f"{self._path} cannot be resumed: its last line was cut off; begin again in another folder"
+            )
         try:
-            for line in self._path.read_text().splitlines():
+            for line in text.splitlines():
                 values = json.loads(line)
                 self._state = values.pop("state")
                 self.rows.append(RoundRow(**{**values, "workers": tuple(values["workers"])}))
         except (ValueError, TypeError, KeyError) as error:
             raise UsageError(f"{self._path} is no history of a simulation: {error}") from error
+
+    def _recorded(self) -> int | None:
+        """Return the last round that the aggregator has recorded; None where there is none."""
+        with self._store() as store:
+            last = None if store is None else store.round()
+        return None if last is None else last.number
+
+    @contextmanager
+    def _store(self) -> Iterator[RunStore | None]:
+        """Open the aggregator's records to read them; None where there are none. Raises `StorageError`."""
+        database = self._path.parent / "run" / DATABASE
+        if not database.exists():
+            yield None
+            return
+        store = RunStore(database, read_only=True)
+        try:
+            yield store
+        finally:
+            store.close()
 
     @property
     def virtual_s(self) -> float:
@@ -124,14 +157,10 @@ class History:
 
         Raises `StorageError`.
         """
-        database = self._path.parent / "run" / DATABASE
-        if not database.exists():
-            return {}
-        store = RunStore(database, read_only=True)
-        try:
+        with self._store() as store:
+            if store is None:
+                return {}
             records, _ = store.rounds(1 << 62, 1 << 31)
-        finally:
-            store.close()
         return {each.committed_version: dict(each.evaluator_metrics) for each in records if each.evaluator_metrics}
 
 
