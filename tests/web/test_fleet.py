@@ -20,6 +20,7 @@ FLEET = [
     worker("pi-2", "BUSY", device_class="raspberry-pi-4"),
     worker("pi-10", "AWAY", 3600, {"accepted": 3, "slow upload": 2}, device_class="raspberry-pi-5"),
     worker("nano-1", "IDLE", 60, {"failed": 5}, device_class="jetson-nano"),
+    worker("lost-1", "REVOKED", 60, device_class="jetson-nano"),
 ]
 
 
@@ -34,11 +35,11 @@ def test_words_are_looked_for_in_names_classes_and_labels():
 
 
 def test_states_tell_a_silent_worker_from_an_idle_one():
-    assert [state_of(each) for each in FLEET] == ["idle", "busy", "away", "silent"]
+    assert [state_of(each) for each in FLEET] == ["idle", "busy", "away", "silent", "revoked"]
     assert names(fleet_page(FLEET, FleetQuery(show="silent"))) == ["nano-1"]
     page = fleet_page(FLEET, FleetQuery(show="trouble", order="failures"))
     assert names(page) == ["nano-1", "pi-10"]
-    assert page.counts == {"busy": 1, "idle": 1, "silent": 1, "away": 1, "trouble": 2}
+    assert page.counts == {"busy": 1, "idle": 1, "silent": 1, "away": 1, "revoked": 1, "trouble": 2}
 
 
 def test_a_page_behind_the_last_is_the_last():
