@@ -52,6 +52,17 @@ async def patiently(call, *arguments, **named):
             await asyncio.sleep(0.05)
 
 
+async def begun(device, task, messages=1):
+    """A stream of the header and so many chunks of an update, once they are held."""
+    manifest, payload = encoded(update_of())
+    stream = ClientStream(device.stub.PushUpdate(timeout=PATIENCE_S))
+    await stream.write(pb.PushUpdateRequest(header=device.header(task, manifest)))
+    for message in chunks(payload)[:messages]:
+        await stream.write(message)
+    await device.until_held(task, 2048 * messages)
+    return stream
+
+
 async def test_updates_that_ingest_processes_seal_are_averaged(tmp_path):
     async with running_aggregator(tmp_path, ingest=2, durable=True) as running:
         a, b = await running.device("a"), await running.device("b")
@@ -82,12 +93,7 @@ async def test_an_upload_cut_by_the_death_of_its_process_goes_on_at_the_byte_tha
     async with running_aggregator(tmp_path, ingest=1, policy=ONE) as running:
         device = await running.device("a")
         task = await device.task()
-        manifest, payload = encoded(update_of())
-        stream = ClientStream(device.stub.PushUpdate(timeout=PATIENCE_S))
-        await stream.write(pb.PushUpdateRequest(header=device.header(task, manifest)))
-        for message in chunks(payload)[:2]:
-            await stream.write(message)
-        await device.until_held(task, 4096)
+        stream = await begun(device, task, 2)
         await killed(running)
         with pytest.raises(grpc.aio.AioRpcError):
             await stream.finish()
@@ -114,11 +120,8 @@ async def test_a_sealed_update_whose_process_died_before_it_told_is_sent_again_a
     async with running_aggregator(tmp_path, ingest=1, policy=ONE) as running:
         device = await running.device("a")
         task = await device.task()
-        manifest, payload = encoded(update_of())
-        stream = ClientStream(device.stub.PushUpdate(timeout=PATIENCE_S))
-        await stream.write(pb.PushUpdateRequest(header=device.header(task, manifest)))
-        await stream.write(chunks(payload)[0])
-        await device.until_held(task, 2048)
+        # Held on to: a call that nobody holds is cancelled.
+        _stream = await begun(device, task)
         await killed(running)
         # As the rename left it.
         uploads = running.settings.data_dir / "uploads"
@@ -175,11 +178,7 @@ async def test_a_newer_stream_of_an_update_takes_over_from_one_at_another_proces
     async with running_aggregator(tmp_path, ingest=2, policy=ONE) as running:
         device = await running.device("a")
         task = await device.task()
-        manifest, payload = encoded(update_of())
-        stalled = ClientStream(device.stub.PushUpdate(timeout=PATIENCE_S))
-        await stalled.write(pb.PushUpdateRequest(header=device.header(task, manifest)))
-        await stalled.write(chunks(payload)[0])
-        await device.until_held(task, 2048)
+        stalled = await begun(device, task)
         assert (await device.push(task, offset=2048)).complete
         with pytest.raises(grpc.aio.AioRpcError):
             await stalled.finish()

@@ -19,14 +19,6 @@ from tests.support.certificates import make_authority, make_certificate
 from tests.support.echo_service import call, echo_service
 
 
-@pytest.fixture
-def pki(tmp_path):
-    make_authority(tmp_path)
-    for name in ("server", "client"):
-        make_certificate(tmp_path, name)
-    return tmp_path
-
-
 async def told(served, dialling, host="127.0.0.1", flags="--tls"):
     """What is told of a server with one TLS to a client with another."""
     async with serve("0.0.0.0:0", [echo_service()], tls=served) as server:

@@ -294,14 +294,6 @@ async def test_a_port_in_use_and_a_unix_socket_are_usage_errors(tmp_path):
             pass
 
 
-@pytest.fixture
-def pki(tmp_path):
-    make_authority(tmp_path)
-    for name in ("server", "client"):
-        make_certificate(tmp_path, name)
-    return tmp_path
-
-
 async def test_identity_comes_from_the_certificate_and_its_refusal_reaches_the_caller(pki):
     seen = []
 

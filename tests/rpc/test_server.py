@@ -16,7 +16,7 @@ from fedgrpc.rpc.requests import CallRates, FirstMessages
 from fedgrpc.rpc.server import Service, aggregator_service, serve
 from fedgrpc.rpc.status import domain_errors
 from fedgrpc.v1 import aggregator_pb2_grpc
-from tests.support.certificates import make_authority, make_certificate
+from tests.support.certificates import make_authority
 from tests.support.echo_service import NAME, call, echo_service
 from tests.support.hand_driven_device import PATIENCE_S
 
@@ -142,14 +142,6 @@ def test_the_client_never_pings_more_often_than_the_server_allows():
     client, server = dict(CLIENT_OPTIONS), dict(SERVER_OPTIONS)
     assert client["grpc.keepalive_time_ms"] >= 2 * server["grpc.http2.min_ping_interval_without_data_ms"]
     assert client["grpc.keepalive_permit_without_calls"] == server["grpc.keepalive_permit_without_calls"] == 1
-
-
-@pytest.fixture
-def pki(tmp_path):
-    make_authority(tmp_path)
-    for name in ("server", "client"):
-        make_certificate(tmp_path, name)
-    return tmp_path
 
 
 async def test_refusals_are_paced_as_all_calls_are(pki):
