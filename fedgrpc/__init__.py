@@ -5,8 +5,13 @@ is first used, so that `import fedgrpc` costs next to nothing, and nothing but `
 `__init__.pyi` has them for type checkers.
 """
 
+import os
 from importlib import import_module
 from typing import Any
+
+# gRPC would start threads of its own in every forked child, which use the parent's connections: a quarter of the
+# children crashed so on a busy machine. It reads this once, when it is imported.
+os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
 
 _PLACES = {
     "fedgrpc.api.aggregator": ("Aggregator",),

@@ -4,11 +4,43 @@ import asyncio
 import contextlib
 import os
 import signal
+import subprocess
+import sys
 
 import pytest
 
 from tests.support.hand_driven_device import PATIENCE_S
 from tests.support.processes import aggregator_process, free_address, worker_process
+
+# Serves, connects to itself and forks; the child counts its threads once others have had time to begin.
+_FORKING_SERVER = """
+import fedgrpc
+import asyncio, os, time
+import grpc.aio
+
+async def main():
+    server = grpc.aio.server()
+    port = server.add_insecure_port("127.0.0.1:0")
+    await server.start()
+    async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
+        await channel.channel_ready()
+        child = os.fork()
+        if not child:
+            time.sleep(0.3)
+            os._exit(len(os.listdir("/proc/self/task")))
+        print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+    await server.stop(None)
+
+asyncio.run(main())
+"""
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self/task"), reason="needs Linux's /proc")
+def test_grpc_starts_no_threads_in_a_forked_child():
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("GRPC_")}
+    command = [sys.executable, "-c", _FORKING_SERVER]
+    ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=PATIENCE_S)
+    assert ended.stdout == "1\n", ended.stderr
 
 
 @pytest.mark.faults
