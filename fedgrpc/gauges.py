@@ -114,7 +114,7 @@ class Gauges:
 
 @dataclass(frozen=True)
 class Sources:
-    """Where the gauges are read: a folder, the members and their lives, a certificate of the operator's."""
+    """Sources of the gauges: a folder, the members and their lives, a certificate of the operator's."""
 
     data_dir: Path
     members: Callable[[], Iterable[Member]]

@@ -19,7 +19,7 @@ ENDED = "the upload of this side stream has ended"
 
 
 class ChunkOrder:
-    """Where the next chunk begins, and which side streams there are. Lives on one event loop."""
+    """Position of an upload's next chunk, and its side streams. Lives on one event loop."""
 
     def __init__(self, next_offset: int) -> None:
         self.next_offset = next_offset
@@ -77,7 +77,7 @@ class ChunkOrder:
             self._offsets.remove(chunk.offset)
 
     def _all_are_early(self) -> bool:
-        """Whether every stream waits for a chunk that none of them can bring."""
+        """Return whether every stream waits for a chunk that none of them can bring."""
         early = sum(offset > self.next_offset for offset in self._offsets)
         return early >= len(self._sides) + (not self._is_at_end)
 

@@ -36,7 +36,7 @@ log = structlog.get_logger()
 
 @dataclass(frozen=True)
 class Common:
-    """What the runs of one process have in common."""
+    """Parts of the process that all its runs share."""
 
     fleet: WorkerRegistry
     sessions: Sessions

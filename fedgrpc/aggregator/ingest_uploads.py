@@ -41,7 +41,7 @@ _CHECKERS: Final = 4
 
 
 class Stored(Enum):
-    """How far an ingest process came with an update."""
+    """Progress of an ingest process with an update."""
 
     PART = b"part"
     WHOLE = b"whole"

@@ -1,4 +1,4 @@
-"""Where runs lie in the data folder of a process that hosts many, and the file with a run's settings.
+"""Folders of runs in the data folder of a process that hosts many, and the file with a run's settings.
 
 DATA/                   the run that the process was started with, if it was
 DATA/runs/NAME/         a run that was submitted, with its settings in run.toml

@@ -52,7 +52,7 @@ Beside = Callable[[Trust, str], AbstractAsyncContextManager[object]]
 
 @dataclass(frozen=True)
 class Hosting:
-    """What an aggregator needs to take further runs: `has_own`: it has one of its own settings, too."""
+    """Means of an aggregator to take further runs. `has_own`: it has one of its own settings, too."""
 
     has_own: bool
     read_settings: ReadSettings

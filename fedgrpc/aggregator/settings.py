@@ -377,7 +377,7 @@ class AggregatorSettings:
 
     @property
     def share(self) -> Share:
-        """What the run is granted of the fleet. Raises `UsageError`."""
+        """Share of the fleet that the run is granted. Raises `UsageError`."""
         return Share(self.priority, self.quota)
 
     def negotiation(self) -> Negotiation:

@@ -24,7 +24,7 @@ _SMALL_BYTES = CHUNK_BYTES
 
 
 def may_have_sides(size_bytes: int) -> bool:
-    """Whether an update of this size may come over side streams."""
+    """Return whether an update of this size may come over side streams."""
     return size_bytes > _SMALL_BYTES
 
 

@@ -95,7 +95,7 @@ class Trained(Protocol):
 
 @dataclass(frozen=True)
 class Received:
-    """What a device starts from: the version's own weights, its companions by suffix, and what the device kept.
+    """Tensors that a device starts from: the version's weights, its companions by suffix, and those that it kept.
 
     All may be read on access, each time anew. None of them is changed.
     """
@@ -107,7 +107,7 @@ class Received:
 
 @dataclass(frozen=True)
 class Sent:
-    """What a device's half comes to.
+    """Result of a device's half.
 
     `result` is the training that the update stands for: its examples, steps and metrics. `weights` and
     `companions` (by suffix) are the new values, of which the difference to those received travels; companions that

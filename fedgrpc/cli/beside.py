@@ -1,4 +1,4 @@
-"""What runs beside the server of an aggregator: its gauges, and its page, which needs the extra `fedgrpc[web]`."""
+"""Companions of an aggregator's server: its gauges, and its page, which needs the extra `fedgrpc[web]`."""
 
 from __future__ import annotations
 

@@ -39,7 +39,7 @@ _what = Declare("What to try")
 
 @dataclass
 class Findings:
-    """What was tried, as lines for people and values for programs; `remarks` look like mistakes."""
+    """Results of the checks, as lines for people and values for programs; `remarks` look like mistakes."""
 
     values: dict[str, Any] = field(default_factory=dict)
     lines: list[tuple[str, str]] = field(default_factory=list)

@@ -1,4 +1,4 @@
-"""Where the versions of a run come from: a running aggregator, or the data folder of one that does not run."""
+"""Sources of a run's versions: a running aggregator, or the data folder of one that does not run."""
 
 from __future__ import annotations
 

@@ -156,7 +156,7 @@ Mechanism = Gaussian | SampledGaussian | TreeGaussian | BandedGaussian
 
 @dataclass(frozen=True)
 class PrivacyLoss:
-    """What a row of independent mechanisms on the same devices has cost. No mechanism: nothing."""
+    """Privacy cost of a row of independent mechanisms on the same devices. No mechanism: nothing."""
 
     mechanisms: tuple[Mechanism, ...] = ()
 

@@ -221,7 +221,7 @@ class Tasks(Mapping[str, Task]):
 
     @property
     def first_lease_end(self) -> float | None:
-        """When the first lease of an open task ends; None: no task is open."""
+        """Time at which the first lease of an open task ends; None: no task is open."""
         first = min(self._first_ends, default=math.inf)
         return None if first == math.inf else first
 

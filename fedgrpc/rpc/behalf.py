@@ -49,17 +49,17 @@ class BehalfChannel:
         self._behalf = behalf
 
     def unary_unary(self, *arguments: Any, **options: Any) -> Callable[..., Any]:
-        """As of any channel."""
+        """Make such calls as any channel does, for somebody else."""
         return partial(self._channel.unary_unary(*arguments, **options), metadata=self._behalf.metadata)
 
     def unary_stream(self, *arguments: Any, **options: Any) -> Callable[..., Any]:
-        """As of any channel."""
+        """Make such calls as any channel does, for somebody else."""
         return partial(self._channel.unary_stream(*arguments, **options), metadata=self._behalf.metadata)
 
     def stream_unary(self, *arguments: Any, **options: Any) -> Callable[..., Any]:
-        """As of any channel."""
+        """Make such calls as any channel does, for somebody else."""
         return partial(self._channel.stream_unary(*arguments, **options), metadata=self._behalf.metadata)
 
     def stream_stream(self, *arguments: Any, **options: Any) -> Callable[..., Any]:
-        """As of any channel."""
+        """Make such calls as any channel does, for somebody else."""
         return partial(self._channel.stream_stream(*arguments, **options), metadata=self._behalf.metadata)

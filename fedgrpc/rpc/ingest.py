@@ -50,7 +50,7 @@ log = structlog.get_logger()
 
 @dataclass(frozen=True)
 class Ingest:
-    """How many ingest processes a server has; `module` is what each runs, which starts its work with `work`."""
+    """Ingest processes that a server asks for. Each runs `module`, which starts its work with `work`."""
 
     process_count: int
     module: str

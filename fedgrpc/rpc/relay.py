@@ -41,7 +41,7 @@ OF_PROCESS: Final = 0
 
 
 class Kind(IntEnum):
-    """What a frame says."""
+    """Meaning of a frame."""
 
     BEGUN = 1
     MESSAGE = 2

@@ -31,7 +31,7 @@ Metadata = tuple[tuple[str, str | bytes], ...]
 
 @dataclass(frozen=True)
 class CallDetails:
-    """What is known of a call before its first message; `certificate` is PEM, and `over_tls` how it came."""
+    """Facts of a call before its first message; `certificate` is PEM, and `over_tls` tells how it came."""
 
     method: str
     peer: str

@@ -130,7 +130,7 @@ class Comparison:
 
 @dataclass(frozen=True)
 class TimeRange:
-    """From one minute of the day up to, not including, another; over midnight where `end` is not after `begin`."""
+    """Minutes of the day from `begin` to before `end`; over midnight where `end` is not after `begin`."""
 
     clock: str
     begin: int

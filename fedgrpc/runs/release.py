@@ -114,7 +114,7 @@ class Release:
 
     @property
     def judgement(self) -> Judgement:
-        """What the reports say now."""
+        """Judgement of the release from the reports so far."""
         heard = list(self.reports.values())
         quorum = max(self.quorum, len(heard) // 2 + 1 if self.phase is ReleasePhase.ROLLOUT else 0)
         scores = [report.scores for report in heard if not report.failure]

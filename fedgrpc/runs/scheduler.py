@@ -1,4 +1,4 @@
-"""Which run gets which idle worker: one fleet shared by many runs. Pure.
+"""Scheduler of idle workers: one fleet shared by many runs. Pure.
 
 The rule: a run whose round has waited longer than `patience_s` comes first, the longest wait before the others,
 so that no run starves. Then come higher priorities. Then, with the order `LEAST_SUPPLIED`, come runs that fewer
@@ -35,7 +35,7 @@ class Order(Enum):
 
 @dataclass(frozen=True)
 class Share:
-    """What an operator grants a run: its priority, and the most workers that it may have at the same time.
+    """Grant of an operator to a run: its priority, and the most workers that it may have at the same time.
 
     Raises:
         UsageError: a value is out of range.
@@ -72,7 +72,7 @@ class Demand:
 
     @property
     def room(self) -> int:
-        """How many workers it may get now."""
+        """Number of workers that the run may get now."""
         quota = self.share.quota
         return self.wanted if quota is None else max(0, min(self.wanted, quota - self.busy))
 

@@ -116,7 +116,7 @@ class RunState:
 
     @property
     def wake_at(self) -> float | None:
-        """When the round in progress next needs a `Tick` if nothing else happens; None: it waits for an event."""
+        """Time of the next `Tick` for the round in progress, if nothing else happens; None: no tick is due."""
         due, secure = wake_at(self.current.state), self.current.secure
         if secure is None or secure.due_at is None or self.current.state.phase.final:
             return due

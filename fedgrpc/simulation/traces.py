@@ -144,7 +144,7 @@ def _joined(stretches: Iterable[Stretch]) -> tuple[Stretch, ...]:
 
 
 class DeviceChanges:
-    """When one device comes and goes, from time 0 on, period after period."""
+    """Times at which one device comes and goes, from time 0, period after period."""
 
     def __init__(self, period_s: float, stretches: Sequence[Stretch]) -> None:
         self._period_s = period_s

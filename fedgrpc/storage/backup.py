@@ -57,7 +57,7 @@ class _Gone(Exception):
 
 @dataclass
 class Backup:
-    """What a backup holds: size and digest by path."""
+    """Contents of a backup: size and digest by path."""
 
     created_at: float
     files: dict[str, tuple[int, str]] = field(default_factory=dict)

@@ -1,4 +1,4 @@
-"""What changed between two model files, tensor by tensor, read in pieces."""
+"""Differences between two model files, tensor by tensor, read in pieces."""
 
 from __future__ import annotations
 

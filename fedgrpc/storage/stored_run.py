@@ -26,7 +26,7 @@ MODELS: Final = "models"
 
 @dataclass(frozen=True)
 class StoredRun:
-    """What a run's folder says of its versions."""
+    """Versions of a run, as its folder records them."""
 
     folder: Path
     id: str

@@ -30,7 +30,7 @@ class Reduction:
 
     @property
     def nothing(self) -> bool:
-        """Whether the model stays as it is."""
+        """True if the model stays as it is."""
         return self.pruning is None and self.clustering is None
 
     def of_tensor(self, name: str, axes: int) -> Reduction:
@@ -41,11 +41,11 @@ class Reduction:
         return Reduction(pruning if prunes else None, clustering if clusters else None)
 
     def prunes(self, name: str, axes: int) -> bool:
-        """Whether weights of that tensor are left out: of float parameters with two axes or more."""
+        """Return whether weights of that tensor are left out: of float parameters with two axes or more."""
         return self.pruning is not None and axes >= 2 and matches(name, self.pruning.layers)
 
     def clusters(self, name: str, axes: int) -> bool:
-        """Whether that tensor gets few different values: of float parameters with two axes or more."""
+        """Return whether that tensor gets few different values: of float parameters with two axes or more."""
         return self.clustering is not None and axes >= 2 and matches(name, self.clustering.layers)
 
 

@@ -40,7 +40,7 @@ class EarlyExits(nn.Module):
         self.exits = nn.ModuleList(exits)
 
     def forward(self, x: Tensor) -> Tensor:
-        """In training the outputs of each exit, [exits, B, ...]; else their mean, [B, ...]."""
+        """Return the outputs of each exit, [exits, B, ...], in training; else their mean, [B, ...]."""
         outputs: list[Tensor] = []
         for block, leave in zip(self.blocks, self.exits, strict=True):
             x = block(x)

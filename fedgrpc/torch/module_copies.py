@@ -41,7 +41,7 @@ class ModuleCopies:
 
     @property
     def pickled(self) -> bool:
-        """Whether copies are made by pickle."""
+        """True if copies are made by pickle."""
         return self._pickled is not None
 
     def copy(self, tensors: Mapping[int, Tensor]) -> nn.Module:

@@ -318,7 +318,7 @@ def _seeded(device: torch.device, *seed: int) -> Iterator[None]:
 
 @contextmanager
 def _seeded_alone(device: torch.device, *seed: int) -> Iterator[None]:
-    """As `_seeded`, while no other trainer builds a model: else each would draw from the other's seed."""
+    """Seed as `_seeded`, while no other trainer builds a model: else each would draw from the other's seed."""
     with _GENERATOR, _seeded(device, *seed):
         yield
 

@@ -21,7 +21,7 @@ from fedgrpc.plugins import class_of
 
 
 class Tracker(Protocol):
-    """Where figures go. One thread calls it. `begin` comes first, and again after a restart of the run."""
+    """Destination of figures. One thread calls it. `begin` comes first, and again after a restart of the run."""
 
     def begin(self, run: str, settings: Mapping[str, str]) -> None:
         """Take the name of a run and its settings, as texts."""

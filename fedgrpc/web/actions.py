@@ -1,4 +1,4 @@
-"""What a visitor changes: they pause, resume and end runs, revoke devices, and sign in and out.
+"""Actions of a visitor: pause, resume and end runs, revoke devices, sign in and out.
 
 The rule: the guard has checked that the request comes from this page. Here the visitor has to be one who may
 steer. The aggregator then checks once more, by its table of roles, and writes its audit log.

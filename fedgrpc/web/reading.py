@@ -1,4 +1,4 @@
-"""What the page has read from the aggregator, and keeps for a moment or for good.
+"""Values that the page has read from the aggregator, and keeps for a moment or for good.
 
 The rule: whatever is kept is bounded, and is read again no more often than it changes. Who may see it was decided
 before: each request makes a call of its own for its visitor, and all readers see the same.

@@ -23,7 +23,7 @@ BAR: Final = ("accepted", "uploading", "training", "downloading", "offered", "lo
 
 @dataclass(frozen=True)
 class RoundSummary:
-    """What is kept of a round: no tasks, so that thousands of rounds fit into memory."""
+    """Summary of a round without its tasks, so that thousands of rounds fit into memory."""
 
     number: int
     phase: str

@@ -20,7 +20,7 @@ SERVER_LIFE_S: Final = 90 * 86_400.0
 
 
 class PageTls(Protocol):
-    """What the page listens with."""
+    """Certificate that the page listens with, and how to notice that it changed."""
 
     def load(self, context: ssl.SSLContext, now: float) -> None:
         """Load certificate, key and authorities into `context`. Raises OSError and ssl.SSLError."""

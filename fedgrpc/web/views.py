@@ -1,4 +1,4 @@
-"""What a visitor sees: each handler reads through the client of its visitor, and renders one template."""
+"""Views of the page: each handler reads through the client of its visitor, and renders one template."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Who looks at the page, and whether they may steer.
+"""Visitors of the page, and whether they may steer.
 
 The rule: the aggregator decides what a person may do; the page only takes away from it. Outside of this machine
 the visitor is whoever their certificate says. It goes along with each call to the aggregator, which refuses what

@@ -1,4 +1,4 @@
-"""What all calls of a worker share: its name, their metadata, their limits in time, and the guard of a stream.
+"""Common part of all calls of a worker: its name, their metadata, their limits in time, and the guard of a stream.
 
 Each call is short or resumable, and stands alone: nothing here retries. Streams have no total time limit, since a
 slow link may need hours. A stream that moves no byte for `stall_s` ends with a `LinkError`.

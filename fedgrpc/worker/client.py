@@ -56,7 +56,7 @@ class Polled:
 
 @dataclass(frozen=True)
 class Told:
-    """What a device is told in a secure sum; not `ready`: the wait was over first."""
+    """Answer to a device in a secure sum; not `ready`: the wait was over first."""
 
     ready: bool
     roster: frozenset[str]

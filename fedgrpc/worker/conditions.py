@@ -112,7 +112,7 @@ class Conditions:
 
 
 class OwnersConditions:
-    """How the device is, and whether its owner lets it take tasks so: `only_when` is an eligibility expression."""
+    """Conditions under which the device's owner lets it take tasks: `only_when` is an eligibility expression."""
 
     def __init__(self, name: str, only_when: str = "", root: Path = Path("/")) -> None:
         """Raises `UsageError` for an expression that cannot be read."""

@@ -1,4 +1,4 @@
-"""What a worker keeps for each run of an aggregator that has many: its files, its learning task, what it told.
+"""State of a worker for each run of an aggregator that has many: its files, its learning task, what it told.
 
     spool/, model/       of the run that the aggregator was started with, if it has one
     runs/ID/             of every other run: the same two folders (`fedgrpc.worker.local_work.TaskFiles`)

@@ -123,7 +123,7 @@ class SideStreams:
         self.round_trip_s = min(self.round_trip_s or took_s, took_s)
 
     def must_measure(self, left_bytes: int) -> bool:
-        """Whether so many bytes may need side streams, and no small call has told how far the aggregator is."""
+        """Return whether so many bytes may need side streams while the distance to the aggregator is unknown."""
         return self._dial is not None and not self.round_trip_s and left_bytes >= _LARGE_BYTES
 
     def wanted(self, left_bytes: int) -> int:

@@ -326,7 +326,7 @@ def parts_of(trainer: Trainer) -> frozenset[str]:
 
 
 def reads_on_access(trainer: Trainer) -> bool:
-    """Whether the trainer takes weights that are read one at a time: its device may have no room for more."""
+    """Return whether the trainer takes weights read one at a time, since its device may have no room for more."""
     return is_sliceable(trainer)
 
 

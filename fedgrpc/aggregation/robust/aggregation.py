@@ -42,7 +42,7 @@ Combine = Callable[[np.ndarray], np.ndarray]
 
 @dataclass(frozen=True)
 class Verdict:
-    """What a rule makes of a round: the factor of each update (`shares`), or how coordinates are combined.
+    """Outcome of a rule for one round: the factor of each update (`shares`), or how coordinates are combined.
 
     `distances` of each update to the geometric median of all, to show who is odd.
     """

@@ -1,4 +1,4 @@
-"""What the folder of a simulation was begun with, compared with what is asked of it now.
+"""Settings that the folder of a simulation was begun with, compared with those asked of it now.
 
 The rule: a folder answers for the settings that it was begun with, and for no others.
 """

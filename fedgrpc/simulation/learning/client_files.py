@@ -1,4 +1,4 @@
-"""What simulated devices keep on the disk, in the formats of a worker.
+"""Files that simulated devices keep on the disk, in the formats of a worker.
 
     clients/NAME/residual, personal, kept    what the next task starts from (fedgrpc.storage.residual_file)
     clients/NAME/next.*, payload       the update of the task in progress, and what it leaves behind
@@ -37,7 +37,7 @@ class HeldKey:
 
     @property
     def held(self) -> tuple[int, bytes]:
-        """What a device tells the aggregator of it."""
+        """Version and digest, as a device tells them to the aggregator."""
         return self.version, bytes.fromhex(self.digest)
 
     @property

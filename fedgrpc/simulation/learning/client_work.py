@@ -60,7 +60,7 @@ _LEFT_OUT: Final = ("timings", "peak_memory_bytes")
 
 @dataclass(frozen=True)
 class ClientWork:
-    """What is to be done, small enough to be sent anywhere: files are named, not contained.
+    """Work of one client, small enough to be sent anywhere: files are named, not contained.
 
     `client` is its part of the data, from 0; None: all of it, of an evaluator.
     `held` is the folder of the model to start from. At most `most_steps` steps are taken before the deadline, and
@@ -93,7 +93,7 @@ class ClientResult:
 
 @dataclass(frozen=True)
 class TaskFacts:
-    """What a learning task tells of itself: its model, the local models that it can do, its examples."""
+    """Facts of a learning task: its model, the local models that it can do, its examples."""
 
     description: ModelDescription
     parts: frozenset[str]

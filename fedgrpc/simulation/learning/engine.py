@@ -1,4 +1,4 @@
-"""Where the work of clients is really done.
+"""Engines, which do the real work of simulated clients.
 
     Engine       protocol: the interface between a simulation and whatever trains for it
     InProcess    here, when the result is asked for

@@ -24,7 +24,7 @@ ReadSettings = Callable[[Mapping[str, Any]], AggregatorSettings]
 
 @dataclass(frozen=True)
 class Learning:
-    """What devices learn, as the flags of `fedgrpc worker` say it.
+    """Learning task and data of the devices, named as the flags of `fedgrpc worker` name them.
 
     `partition` gives each device its part of the data; None: each has all of it. `seed` is that of the split and
     of the first model. Versions are scored on all held-out data once in `evaluate_every` rounds; 0: never. A
@@ -73,7 +73,7 @@ def _text(value: Any) -> str:
 
 @dataclass(frozen=True)
 class Availability:
-    """When devices can be reached: by their classes, or by a trace (`fedgrpc.simulation.traces`)."""
+    """Times at which devices can be reached: by their classes, or by a trace (`fedgrpc.simulation.traces`)."""
 
     trace: str | None = None
 

@@ -45,7 +45,7 @@ Results = Mapping[str, Sequence[VersionRow]]
 
 @dataclass(frozen=True)
 class Search:
-    """Which points of the grid are played: all, or `samples` of them by lot; each with every one of `seeds`.
+    """Points of the grid to play: all, or `samples` of them by lot; each with every one of `seeds`.
 
     A point is played until its run ends, or for so many virtual `hours`.
     """

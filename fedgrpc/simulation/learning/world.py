@@ -1,4 +1,4 @@
-"""What all devices of one simulation share, and what their tasks have cost."""
+"""State that all devices of one simulation share, and the cost of their tasks."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ MOMENT_S: Final = 1e-6
 
 @dataclass
 class Tally:
-    """What tasks have cost so far, and what became of them: bytes moved, virtual and real seconds of training."""
+    """Cost and outcome of all tasks so far: bytes moved, virtual and real seconds of training."""
 
     down_bytes: int = 0
     up_bytes: int = 0
