@@ -205,6 +205,7 @@ async def _fetch(stream: Stream, partial: Path, offset: int, progress: Progress)
 
 @contextmanager
 def _closed_on_error(file: ResumableFile) -> Iterator[None]:
+    """Close the file if the block does not end as it should, also by a cancellation."""
     try:
         yield
     except BaseException:

@@ -191,6 +191,7 @@ def _served(context: Any, method: str) -> Iterator[None]:
     try:
         yield
     except BaseException as error:
+        # Cancelled, too: the span of a call that its caller gave up says so.
         span.set_attribute("error.type", type(error).__name__)
         raise
     finally:

@@ -51,6 +51,7 @@ class ChunkOrder:
         except TimeoutError:
             raise LinkError(ENDED) from None
         except BaseException as error:
+            # Cancelled, too: chunks that this stream has taken may be missing.
             self.fail(error if isinstance(error, FedgrpcError) else LinkError(_BROKE_OFF))
             raise
         finally:

@@ -190,6 +190,7 @@ class RunDirectory:
         try:
             await run.recover(self.registering)
         except BaseException:
+            # Cancelled, too: nobody else closes a run that is not listed.
             await run.close()
             raise
         self._runs[run.name] = run
@@ -307,6 +308,7 @@ class RunDirectory:
             # From here on the run exists.
             await asyncio.to_thread(write_texts, folder / SETTINGS_FILE, texts)
         except BaseException:
+            # Cancelled, too: the next start must not find half a run.
             if (failed := self._runs.pop(name, None)) is not None:
                 await failed.close()
             self._metrics.drop(name)

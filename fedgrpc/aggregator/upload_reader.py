@@ -236,6 +236,7 @@ class UploadReader:
                     await self._order.await_turn(chunk)
                     self._order.advance(len(chunk.data))
             except BaseException:
+                # Cancelled, too: nobody else gives these bytes back.
                 self._budget.give_back(0 if chunk is None else len(chunk.data))
                 raise
         return chunk
@@ -352,6 +353,7 @@ class UploadReader:
         try:
             self._upload.append(batch)
         except Exception as error:
+            # Raised in a thread: the streams learn of it by the order, whatever it is.
             self._order.fail(error)
             raise
 

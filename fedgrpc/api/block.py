@@ -169,6 +169,7 @@ class Block(ABC, Generic[Running, Blocking]):
         try:
             return await self._manager.__aenter__()
         except BaseException:
+            # Cancelled, too: it was not opened, and may be opened again.
             self._manager = None
             raise
 
@@ -184,6 +185,7 @@ class Block(ABC, Generic[Running, Blocking]):
         try:
             running = loop.call(self.__aenter__())
         except BaseException:
+            # Ctrl-C, too: there will be no `__exit__`.
             loop.release()
             raise
         self._thread = loop

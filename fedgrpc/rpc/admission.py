@@ -128,6 +128,7 @@ class Admission:
                 self._record_failure(context, method, facts or {}, error)
             raise
         except Exception:
+            # A fault of this code. It may come after the change, so the log has the call all the same.
             if facts is not None and self._audit is not None:
                 self._audit.record(self._entry(context, method, facts, "internal error"))
             raise

@@ -42,6 +42,7 @@ async def within_reach(witness: Address, after_s: float, work: Coroutine[Any, An
             waits = True
             await asyncio.sleep(interval_s)
     except BaseException:
+        # Cancelled, too: Python warns of a coroutine that nobody has awaited or closed.
         work.close()
         raise
     working = asyncio.create_task(work)

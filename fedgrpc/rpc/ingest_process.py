@@ -124,6 +124,7 @@ class _Call:
         except FedgrpcError as error:
             self._failed(error)
         except Exception as error:
+            # The last line of its task: unanswered, the call would wait for its end in vain.
             log.error("work failed", method=self._method, exc_info=error)
             self._failed(FedgrpcError("internal error; see the aggregator's log"))
 

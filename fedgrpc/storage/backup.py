@@ -251,6 +251,7 @@ def restore_backup(path: Path, folder: Path) -> Backup:
             unfinished.rename(folder)
             sync(folder.absolute().parent)
         except BaseException:
+            # Ctrl-C, too: a restore leaves all or nothing.
             shutil.rmtree(unfinished, ignore_errors=True)
             raise
     return backup

@@ -215,6 +215,7 @@ class RecycledFiles:
             if kept is not None:
                 kept.replace(path)
         except BaseException:
+            # Whatever it is: the caller has got no descriptor to close.
             os.close(handle)
             raise
         return handle

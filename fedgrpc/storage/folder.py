@@ -77,6 +77,7 @@ def _lock(path: Path) -> int:
         # The kernel drops the lock with the last descriptor: kill -9 leaves none behind.
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BaseException:
+        # Whatever it is: the caller has got no descriptor to close.
         os.close(descriptor)
         raise
     return descriptor

@@ -92,6 +92,7 @@ def _export(module: nn.Module, example: torch.Tensor, path: Path, reference: str
                 verbose=False,
             )
         except Exception as error:
+            # The exporter raises errors of torch, of onnx and of the model itself.
             first = str(error).strip().splitlines()
             raise TaskError(
                 f"the model of {reference} cannot be exported: {first[0] if first else error!r}"

@@ -62,6 +62,7 @@ def users_code(reference: str = "") -> Iterator[None]:
     except (Cancelled, FedgrpcError):
         raise
     except (Exception, SystemExit) as error:
+        # A `sys.exit()` in users' code costs its task, and does not end the worker.
         _log_once(error, reference)
         text = " ".join(str(error).split())[:_MOST_CHARS]
         task = f"task {reference}" if reference else "the learning task"

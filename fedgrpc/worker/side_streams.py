@@ -94,6 +94,7 @@ class Sending:
             try:
                 return await anext(self._messages, None)
             except Exception as error:
+                # Whichever stream asked for this chunk: the others end with the same error.
                 self._error = error
                 raise
 

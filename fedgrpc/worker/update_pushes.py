@@ -149,6 +149,7 @@ class UpdatePushes:
         try:
             yield sizer
         except BaseException:
+            # A stream that stalls is cancelled, and that is a break like any other.
             sizer.after_break()
             raise
         finally:

@@ -198,6 +198,7 @@ class DeviceTask:
             await self._until_reachable()
             await upload.accept()
         except BaseException:
+            # Cancelled, too: the round may end meanwhile.
             upload.discard()
             raise
 
