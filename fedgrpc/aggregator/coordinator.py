@@ -2,7 +2,8 @@
 
     fedgrpc.aggregator.run_shell        the run's machine and its database
     fedgrpc.aggregator.worker_calls     registering, polling, heartbeats
-    fedgrpc.aggregator.receiver         updates
+    fedgrpc.aggregator.receiver         updates on their way in
+    fedgrpc.aggregator.acceptance       updates that are here whole
     fedgrpc.aggregator.driver           rounds
     fedgrpc.aggregator.round_records    records of rounds, scores of versions
 
@@ -17,7 +18,7 @@ import secrets
 import time
 from collections.abc import Callable, Collection
 from contextlib import AbstractContextManager
-from typing import Protocol, TypeVar
+from typing import Protocol
 
 import structlog
 
@@ -51,15 +52,12 @@ from fedgrpc.runs.events import (
     Ended,
     Ending,
     EndReason,
-    EvaluatorPolled,
     Paused,
     Resumed,
     RollBack,
     RollBackAsked,
     RunPhase,
-    UpdateAccepted,
     WorkerLeft,
-    WorkerPolled,
 )
 from fedgrpc.runs.fleet import FleetView
 from fedgrpc.runs.machine import RunMachine
@@ -73,11 +71,6 @@ from fedgrpc.tracking.tracker import tracker_of
 from fedgrpc.tracking.tracking import Tracking
 
 log = structlog.get_logger()
-T = TypeVar("T")
-# After these the driver looks whether the round has something to do.
-_FINAL = (UpdateAccepted, Rejected, Failed)
-# Who only asks changes nothing that watchers see.
-_QUIET = (WorkerPolled, EvaluatorPolled)
 
 
 class RunCandidates(FleetView, Protocol):

@@ -1,68 +1,44 @@
-"""Receiving updates: check the header, store the bytes, verify, make durable, and only then accept.
+"""Receiving updates: one stream of an upload at a time stores its bytes, and `Acceptance` has the whole update.
 
-The rule: nothing of an update counts before all of it does.
+The rule: a stream that ends early leaves what has come, and the next one continues from there.
 """
 
 from __future__ import annotations
 
 import asyncio
-import threading
 import time
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Protocol
 
 import structlog
 
 from fedgrpc import claims
+from fedgrpc.aggregator.acceptance import Acceptance
+from fedgrpc.aggregator.arrival import Arrival
 from fedgrpc.aggregator.ingest_uploads import Stored, UploadOrder
 from fedgrpc.aggregator.round_records import VersionScores
 from fedgrpc.aggregator.run_shell import RunShell
 from fedgrpc.aggregator.settings import AggregatorSettings
-from fedgrpc.aggregator.update_checks import (
-    DECODING_BYTES,
-    ExpectedUpdate,
-    decoding_bytes,
-    examine,
-    max_header_bytes,
-    verify,
-)
+from fedgrpc.aggregator.update_checks import ExpectedUpdate, max_header_bytes
 from fedgrpc.aggregator.upload_queue import UploadSlots, UploadStream
 from fedgrpc.aggregator.upload_reader import ByteBudget, UploadChunks, UploadReader
 from fedgrpc.aggregator.uploads_in_progress import UploadsInProgress, may_have_sides
 from fedgrpc.aio import to_its_end
 from fedgrpc.codec.chunk import FIRST_CHUNK_BYTES, Chunk
 from fedgrpc.codec.layout import Layout
-from fedgrpc.codec.manifest import Manifest
-from fedgrpc.errors import (
-    CodecError,
-    Exhausted,
-    LayoutError,
-    RoundClosed,
-    StorageError,
-    TooLargeError,
-    UpdateRefused,
-)
+from fedgrpc.errors import Exhausted, LayoutError, RoundClosed, StorageError
 from fedgrpc.protocol.records import metrics_from_proto
 from fedgrpc.rounds.events import Progress, TaskPhase
 from fedgrpc.rpc.relayed_calls import RelayedCall
 from fedgrpc.runs.evaluations import Evaluation
-from fedgrpc.runs.events import UpdateAccepted
-from fedgrpc.runs.merge import Weighing
 from fedgrpc.runs.task_context import Report
 from fedgrpc.storage.data_folder import DataFolder, Use
-from fedgrpc.storage.update_file import StoredUpdate
-from fedgrpc.storage.uploads import Upload, UploadJournal
+from fedgrpc.storage.uploads import UploadJournal
 from fedgrpc.v1.aggregator_pb2 import UpdateHeader
 
 # How often the round hears how far an upload is. Each chunk would cost an event.
 _PROGRESS_INTERVAL_S = 0.1
-# Updates that are verified at the same time; threads, which then wait for the disk.
-_CHECKERS = 4
-_SEALERS = 16
 
 log = structlog.get_logger()
 
@@ -74,56 +50,6 @@ class Held:
     size_bytes: int
     complete: bool
     retry_after_s: float = 0.0
-
-
-class Arrival:
-    """An update on its way in, whose file is opened along with the first bytes that are stored in it."""
-
-    def __init__(self, journal: UploadJournal, header: UpdateHeader, manifest: Manifest) -> None:
-        self.header = header
-        self.manifest = manifest
-        self.upload: Upload | None = None
-        self._journal = journal
-        # Bytes in the file, as far as an ingest process that fills it has told.
-        self.told_bytes = 0
-
-    @property
-    def size_bytes(self) -> int:
-        """Bytes in the file; 0 before it is opened."""
-        return self.told_bytes if self.upload is None else self.upload.size_bytes
-
-    def opened(self) -> Upload:
-        """Return the upload, begun or continued by the first call. Blocks. Raises `StorageError`."""
-        if self.upload is None:
-            self.upload = self._journal.begin(self.header, self.manifest)
-        return self.upload
-
-    def append(self, batch: Sequence[Chunk]) -> None:
-        """Commit chunks. Blocks. Raises as `Upload.append`."""
-        self.opened().append(batch)
-
-    def close(self, discard: bool) -> None:
-        """Leave the file to be continued, or nothing of it. Blocks."""
-        if self.upload is not None and discard:
-            self.upload.discard()
-        elif self.upload is not None and not self.upload.closed:
-            self.upload.close()
-
-
-class WholeUpload(Protocol):
-    """An update whose bytes are all here, such as an `Upload`."""
-
-    header: UpdateHeader
-    manifest: Manifest
-
-    def finish(self) -> StoredUpdate:
-        """Return the update, ready to be examined. Raises `CorruptError` for other bytes than were declared."""
-
-    def seal(self) -> StoredUpdate:
-        """Accept the update. Raises `StorageError`."""
-
-    def discard(self) -> None:
-        """Leave nothing of it."""
 
 
 class Receiver:
@@ -145,12 +71,9 @@ class Receiver:
         self._journal = journal
         self._scores = scores
         self._data_folder = data_folder
-        self._expected = expected
+        self.acceptance = Acceptance(shell, journal, settings.run_name, expected)
         self._slots = UploadSlots(settings.max_uploads)
         self._memory = ByteBudget(settings.max_upload_memory_bytes)
-        self._decoding = ByteBudget(DECODING_BYTES)
-        self._checkers = ThreadPoolExecutor(_SEALERS, thread_name_prefix="checking")
-        self._checking = threading.BoundedSemaphore(_CHECKERS)
         self._header_of: Layout = ()
         self._max_header_bytes = max_header_bytes(())
         # When the first byte of each update came.
@@ -188,7 +111,7 @@ class Receiver:
         if await self._shell.check_open(worker, token) is TaskPhase.ACCEPTED:
             return header.manifest.size_bytes, True
         # From here to the slot nothing is awaited, so that the task stays open and has no other stream.
-        manifest, report, expected = self.examined(header)
+        manifest, report, expected = self.acceptance.examined(header)
         most_bytes = min(FIRST_CHUNK_BYTES, self._settings.max_chunk_bytes)
         if whole is not None and not 0 < len(whole.data) == manifest.size_bytes <= most_bytes:
             raise LayoutError("with its header comes all of a small update, or nothing of it")
@@ -252,16 +175,6 @@ class Receiver:
         example_count = claims.EXAMPLES.checked(header.evaluation_example_count)
         await self._scores.by_evaluator(evaluation, scores, example_count)
 
-    def examined(self, header: UpdateHeader) -> tuple[Manifest, Report, ExpectedUpdate]:
-        """Check the header of an open task's update. A refusal is for good. Raises as `examine`."""
-        try:
-            expected = self._expected(header.worker, header.token)
-            manifest, report = examine(header, expected)
-        except (LayoutError, TooLargeError, UpdateRefused) as error:
-            self._shell.reject(header.token, str(error))
-            raise
-        return manifest, report, expected
-
     async def _store(
         self,
         arrival: Arrival,
@@ -297,11 +210,8 @@ class Receiver:
             if whole is not None:
                 # How long one message took is not seen here: the worker tells of its last one.
                 took_s = max(took_s, report.timings.upload_s)
-            seal = partial(self._finished, arrival, last, expected)
             # An update that is here whole outlives its connection.
-            await to_its_end(
-                self._accept(arrival.header, arrival.manifest, report.uploaded_in(took_s), expected, seal)
-            )
+            await to_its_end(self._accept(arrival, last, report.uploaded_in(took_s), expected))
             self._data_folder.works(Use.UPDATES)
         except (RoundClosed, asyncio.CancelledError) as error:
             # The round has swept up what there was of its uploads, perhaps before this one was there.
@@ -334,17 +244,17 @@ class Receiver:
                 self._tell(arrival, stream)
 
         try:
-            with self._sealing(header.token):
+            with self.acceptance.sealing(header.token):
                 came = Stored(await call.do(self._order(header, expected), hear))
             if came is Stored.PART:
                 return arrival.size_bytes, False
             took_s = time.monotonic() - self._begun.get(header.token, time.monotonic())
             uploaded = report.uploaded_in(took_s)
             if came is Stored.SEALED:
-                await self._count_sealed(header.token, uploaded, expected)
+                await self.acceptance.count(header.token, uploaded, expected)
+                self._begun.pop(header.token, None)
             else:
-                seal = partial(self._finished, arrival, None, expected)
-                await to_its_end(self._accept(header, arrival.manifest, uploaded, expected, seal))
+                await to_its_end(self._accept(arrival, None, uploaded, expected))
             self._data_folder.works(Use.UPDATES)
         except (RoundClosed, asyncio.CancelledError) as error:
             if isinstance(error, RoundClosed) or stream.closed_for is not None:
@@ -365,11 +275,14 @@ class Receiver:
             admission=expected.admission if plain else None,
         ).encoded(header)
 
-    def _finished(self, arrival: Arrival, last: Chunk | None, expected: ExpectedUpdate) -> StoredUpdate:
-        """Commit the last chunk, if there is one, and return the accepted update. Raises as `_verify_and_seal`."""
-        if last is not None:
-            arrival.append([last])
-        return self._verify_and_seal(arrival.opened(), expected)
+    async def _accept(
+        self, arrival: Arrival, last: Chunk | None, report: Report, expected: ExpectedUpdate
+    ) -> None:
+        """Commit the last chunk, if there is one, and accept the update. Raises as `Acceptance.accept`."""
+        whole = partial(arrival.whole, last)
+        token = arrival.header.token
+        await self.acceptance.accept(token, arrival.manifest, report, expected, whole)
+        self._begun.pop(token, None)
 
     def _tell(self, arrival: Arrival, stream: UploadStream) -> None:
         """Tell the round how far the upload is. Raises `RoundClosed`."""
@@ -379,81 +292,3 @@ class Receiver:
         held, total = arrival.size_bytes, arrival.manifest.size_bytes
         fraction = held / total if total else 1.0
         self._shell.apply(Progress(arrival.header.token, TaskPhase.UPLOADING, fraction, held, total))
-
-    async def accept(self, upload: WholeUpload, report: Report, expected: ExpectedUpdate) -> None:
-        """Verify an update that is here whole, make it durable, count it. Raises as `_accept`."""
-        seal = partial(self._verify_and_seal, upload, expected)
-        await self._accept(upload.header, upload.manifest, report, expected, seal)
-
-    async def _accept(
-        self,
-        header: UpdateHeader,
-        manifest: Manifest,
-        report: Report,
-        expected: ExpectedUpdate,
-        seal: Callable[[], StoredUpdate],
-    ) -> None:
-        """Have the whole update verified and made durable, in a thread by `seal`, and count it.
-
-        Raises `UpdateRefused`, `RoundClosed` and `StorageError`.
-        """
-        token = header.token
-        # Many updates that end at once wait here for memory to decode them.
-        size_bytes = decoding_bytes(manifest)
-        await self._decoding.take(size_bytes)
-        try:
-            with self._sealing(token):
-                loop = asyncio.get_running_loop()
-                sealed = await loop.run_in_executor(self._checkers, seal)
-        finally:
-            self._decoding.give_back(size_bytes)
-        self._journal.remember(token, sealed)
-        await self._count_sealed(token, report, expected)
-
-    @contextmanager
-    def _sealing(self, token: str) -> Iterator[None]:
-        """Record a refusal of the update that the block checks and seals."""
-        try:
-            yield
-        except StorageError:
-            # A round that has closed meanwhile has swept its uploads away: that is no fault of the disk.
-            if not self._run.takes_update(token):
-                raise RoundClosed("the round of this task has ended") from None
-            raise
-        except UpdateRefused as error:
-            self._shell.reject(token, str(error))
-            raise
-
-    async def _count_sealed(self, token: str, report: Report, expected: ExpectedUpdate) -> None:
-        """Count a durable update. Raises `RoundClosed` when it came too late, and removes it."""
-        try:
-            self._count(token, report, expected.weighing)
-        except RoundClosed:
-            await asyncio.to_thread(self._journal.discard, [token])
-            raise
-        self._begun.pop(token, None)
-
-    def _count(self, token: str, report: Report, weighing: Weighing) -> None:
-        """Count a durable update. Raises `RoundClosed` when it came too late."""
-        round_ = self._run.round_of(token)
-        worker = round_.worker_of(token)
-        # Only a leaf's weight depends on who else is here, and to list a thousand workers takes a millisecond.
-        here = round_.state.workers if report.merged_updates else ()
-        weight = weighing.weight_of(round_.kind, worker, report, here)
-        self._shell.apply(UpdateAccepted(token, weight, report))
-        about = {"round": round_.number, "worker": worker}
-        self._log.info("update accepted", **about, examples=report.example_count, bytes=report.upload_bytes)
-        if report.unchanged:
-            self._log.warning("training changed nothing", **about)
-
-    def _verify_and_seal(self, upload: WholeUpload, expected: ExpectedUpdate) -> StoredUpdate:
-        """Return the accepted update. Raises `UpdateRefused` for good, `CorruptError` and `StorageError`."""
-        stored = upload.finish()
-        try:
-            with self._checking:
-                verify(stored, expected)
-        except (CodecError, UpdateRefused) as error:
-            upload.discard()
-            # The digest matches, so these are the bytes that were sent: `CorruptError` would ask for them again.
-            raise UpdateRefused(str(error)) from error
-        return upload.seal()

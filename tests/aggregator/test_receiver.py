@@ -10,8 +10,7 @@ import grpc.aio
 import numpy as np
 import pytest
 
-from fedgrpc.aggregator import receiver as receiver_module
-from fedgrpc.aggregator import upload_queue
+from fedgrpc.aggregator import acceptance, upload_queue
 from fedgrpc.aggregator.receiver import Receiver
 from fedgrpc.aggregator.sessions import Sessions
 from fedgrpc.aggregator.update_checks import decoding_bytes, max_header_bytes, verify
@@ -207,7 +206,7 @@ async def test_a_round_that_closes_while_an_update_is_verified_refuses_it_and_ke
 async def test_updates_that_end_at_once_are_decoded_one_after_the_other_where_they_are_large(
     tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(receiver_module, "DECODING_BYTES", 1)
+    monkeypatch.setattr(acceptance, "DECODING_BYTES", 1)
     at_once, most = 0, 0
 
     def counting(stored, expected):
@@ -218,7 +217,7 @@ async def test_updates_that_end_at_once_are_decoded_one_after_the_other_where_th
         at_once -= 1
         verify(stored, expected)
 
-    monkeypatch.setattr(receiver_module, "verify", counting)
+    monkeypatch.setattr(acceptance, "verify", counting)
     async with running_aggregator(tmp_path, policy={"min_workers": 5}) as running:
         devices = [await running.device(name) for name in "abcde"]
         tasks = await asyncio.gather(*(device.task() for device in devices))

@@ -52,7 +52,7 @@ AGGREGATOR = {
     "last-chunk-stored": Point(f"{_STORAGE}.uploads:Upload.finish", count=5),
     "verified-not-durable": Point(f"{_STORAGE}.uploads:Upload.seal", count=5),
     "durable-not-renamed": Point("os:fdatasync", "after", count=5),
-    "renamed-not-counted": Point(f"{_AGGREGATOR}.receiver:Receiver._count", count=5),
+    "renamed-not-counted": Point(f"{_AGGREGATOR}.acceptance:Acceptance._count", count=5),
     "counted-not-acknowledged": Point(
         f"{_AGGREGATOR}.receiver:Receiver.receive", "after", _with_examples, count=5
     ),

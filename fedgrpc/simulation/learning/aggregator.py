@@ -11,6 +11,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mappin
 from functools import partial
 from types import MappingProxyType
 
+from fedgrpc.aggregator.acceptance import Acceptance
 from fedgrpc.aggregator.coordinator import Coordinator
 from fedgrpc.aggregator.driver import Driver, Upkeep
 from fedgrpc.aggregator.model_store import ModelStore
@@ -114,13 +115,13 @@ class SimulatedUpload:
     def __init__(
         self,
         coordinator: Coordinator,
-        receiver: Receiver,
+        acceptance: Acceptance,
         upload: Upload | UploadInMemory,
         report: Report,
         expected: ExpectedUpdate,
     ) -> None:
         self._coordinator = coordinator
-        self._receiver = receiver
+        self._acceptance = acceptance
         self._upload = upload
         self._report = report
         self._expected = expected
@@ -139,7 +140,8 @@ class SimulatedUpload:
     async def accept(self) -> None:
         """Verify and count the update. Raises `UpdateRefused`, `RoundClosed` and `StorageError`."""
         took_s = self._coordinator.clock() - self._begun_at
-        await self._receiver.accept(self._upload, self._report.uploaded_in(took_s), self._expected)
+        upload, report = self._upload, self._report.uploaded_in(took_s)
+        await self._acceptance.accept(upload.header.token, upload.manifest, report, self._expected, lambda: upload)
 
     def discard(self) -> None:
         """Leave nothing of it."""
@@ -273,9 +275,10 @@ class SimulatedAggregator:
         that is too late.
         """
         await self.coordinator.check_open(header.worker, header.token)
-        manifest, report, expected = self._receiver.examined(header)
+        acceptance = self._receiver.acceptance
+        manifest, report, expected = acceptance.examined(header)
         upload = self._journal.begun(header, manifest)
-        return SimulatedUpload(self.coordinator, self._receiver, upload, report, expected)
+        return SimulatedUpload(self.coordinator, acceptance, upload, report, expected)
 
 
 async def _nothing() -> AsyncIterator[Chunk]:
