@@ -92,8 +92,7 @@ class HostPolls:
         with run.calling():
             encoded = await run.service.model_of(worker.name, token, held)
             most_bytes = min(request.model_bytes, run.settings.max_chunk_bytes)
-            along = sending.enter_context(self._along.sending(encoded, most_bytes))
-            model = await self._along.message(encoded) if along and encoded is not None else b""
+            model = await self._along.message(encoded, most_bytes, sending)
         return pb.PollTaskResponse(task=task), model
 
     def _hear(self, worker: Worker, request: pb.PollTaskRequest) -> None:

@@ -2,7 +2,9 @@
 
 import asyncio
 import hashlib
+import time
 from collections import Counter
+from contextlib import ExitStack
 
 import grpc.aio
 import numpy as np
@@ -80,27 +82,44 @@ async def asked(device, most_bytes):
     return (await call.read()).answer
 
 
-async def test_a_model_comes_along_over_an_open_call_unless_too_many_are_on_their_way(tmp_path, monkeypatch):
-    async with running_aggregator(tmp_path, rounds=1, policy=ALONE) as running, asyncio.timeout(PATIENCE_S):
-        device = await running.device("a")
-        reply = await asked(device, FIRST_CHUNK_BYTES)
-        header, payload = await device.pull(reply.task)
-        assert (reply.model.header, reply.model.chunk.data) == (header, payload)
-        monkeypatch.setattr("fedgrpc.aggregator.models_along._MOST_BYTES", len(payload) - 1)
-        monkeypatch.setattr("fedgrpc.aggregator.models_along.LEAST_BYTES", 1000)
-        assert not (await asked(device, FIRST_CHUNK_BYTES)).HasField("model")
+async def test_a_model_comes_along_over_an_open_call_unless_it_is_larger_than_all_that_may(tmp_path, monkeypatch):
+    for most_bytes in (len(MODEL["w"].tobytes()), len(MODEL["w"].tobytes()) - 1):
+        monkeypatch.setattr("fedgrpc.aggregator.models_along._MOST_BYTES", most_bytes)
+        folder = tmp_path / str(most_bytes)
+        folder.mkdir()
+        async with running_aggregator(folder, rounds=1, policy=ALONE) as running, asyncio.timeout(PATIENCE_S):
+            device = await running.device("a")
+            reply = await asked(device, FIRST_CHUNK_BYTES)
+            header, payload = await device.pull(reply.task)
+            assert reply.HasField("model") == (len(payload) <= most_bytes)
+            if reply.HasField("model"):
+                assert (reply.model.header, reply.model.chunk.data) == (header, payload)
 
 
-def test_a_model_is_beyond_the_bound_while_another_is_on_its_way(monkeypatch):
+async def test_a_model_waits_for_those_on_their_way_and_is_pulled_where_they_take_long(monkeypatch):
     monkeypatch.setattr("fedgrpc.aggregator.models_along._MOST_BYTES", 150_000)
+    monkeypatch.setattr("fedgrpc.aggregator.models_along._WAIT_S", 0.05)
     along, (large, small) = ModelsAlong(), map(of_size, (100_000, 10_000))
-    with along.sending(large, 1 << 20) as first:
-        with along.sending(large, 1 << 20) as second, along.sending(small, 1 << 20) as third:
-            assert (first, second, third) == (True, False, True)
-        with along.sending(None, 1 << 20) as none, along.sending(small, 9_999) as unwanted:
-            assert (none, unwanted) == (False, False)
-    with along.sending(large, 100_000) as again:
-        assert again
+    with ExitStack() as others:
+        assert await along.message(None, 1 << 20, others) == b""
+        assert await along.message(small, 9_999, others) == b""
+        with ExitStack() as first:
+            assert await along.message(large, 100_000, first)
+            begun = time.monotonic()
+            for _ in range(20):
+                assert await along.message(large, 1 << 20, others) == b""
+            assert time.monotonic() - begun < 10 * 0.05, "where nothing leaves, only the first one waits"
+            assert await along.message(small, 1 << 20, others)
+        with ExitStack() as first:
+            assert await along.message(large, 100_000, first)
+            waiting = asyncio.create_task(along.message(large, 1 << 20, others))
+            await asyncio.sleep(0)
+            assert not waiting.done()
+        assert await waiting == large.header
+        given_up = asyncio.create_task(along.message(large, 1 << 20, others))
+        await asyncio.sleep(0)
+        given_up.cancel()
+    assert await along.message(large, 1 << 20, others)
 
 
 def of_size(size_bytes):
