@@ -23,6 +23,7 @@ from typing import Protocol
 import structlog
 
 from fedgrpc import claims
+from fedgrpc.aggregator.changed_settings import settings_text
 from fedgrpc.aggregator.encoded_models import EncodedModels
 from fedgrpc.aggregator.first_model import FirstModelSource
 from fedgrpc.aggregator.histories import RunWorkers
@@ -33,7 +34,7 @@ from fedgrpc.aggregator.registry import Worker, WorkerRegistry
 from fedgrpc.aggregator.round_records import RecordedRounds, VersionScores
 from fedgrpc.aggregator.run_shell import RunShell
 from fedgrpc.aggregator.secure_sums import SecureSums
-from fedgrpc.aggregator.settings import AggregatorSettings, settings_text
+from fedgrpc.aggregator.settings import AggregatorSettings
 from fedgrpc.aggregator.task_terms import TaskTerms
 from fedgrpc.aggregator.update_checks import ExpectedUpdate
 from fedgrpc.codec.manifest import Limits

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import structlog
 
+from fedgrpc.aggregator.changed_settings import settings_text
 from fedgrpc.aggregator.coordinator import Coordinator
 from fedgrpc.aggregator.driver import Driver, Rounds
 from fedgrpc.aggregator.model_store import ModelStore
@@ -22,7 +23,7 @@ from fedgrpc.aggregator.run_fleet import FleetSharing, RunFleet
 from fedgrpc.aggregator.run_models import Record, RunModels
 from fedgrpc.aggregator.service import AggregatorService
 from fedgrpc.aggregator.sessions import Sessions
-from fedgrpc.aggregator.settings import AggregatorSettings, settings_text
+from fedgrpc.aggregator.settings import AggregatorSettings
 from fedgrpc.errors import LinkError, UsageError
 from fedgrpc.metrics import Metrics
 from fedgrpc.rounds.round import RoundPhase

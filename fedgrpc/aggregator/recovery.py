@@ -16,11 +16,11 @@ import structlog
 
 from fedgrpc.aggregator import private_releases, secure_sums
 from fedgrpc.aggregator.assignment import TaskAssigner
+from fedgrpc.aggregator.changed_settings import ALGORITHM, OPTIMIZER, changes, compared_text
 from fedgrpc.aggregator.coordinator import Coordinator
 from fedgrpc.aggregator.first_model import complaint
 from fedgrpc.aggregator.new_version import about_version
 from fedgrpc.aggregator.recovered_rounds import RecoveredRounds
-from fedgrpc.aggregator.settings import ALGORITHM, OPTIMIZER, changes, compared_text
 from fedgrpc.algorithms.companions import companions_of, first_values
 from fedgrpc.algorithms.registry import algorithm_of
 from fedgrpc.codec.layout import Layout

@@ -166,7 +166,7 @@ class VersionScores:
         target = self._settings.target
         # Scores of evaluators that the operator has not named are shown, and nothing else.
         trusted = {**workers, **(evaluator if self._settings.evaluators_named else {})}
-        if target is not None and target.met(trusted):
+        if target is not None and target.name in trusted and target.met(trusted[target.name]):
             shell.apply(TargetMet(f"version {version} has {target}"))
         elif why := out_of_patience(shell.machine.versions, self._settings.patience):
             shell.apply(TargetMet(why, EndReason.NOT_BETTER))

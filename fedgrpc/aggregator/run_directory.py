@@ -19,6 +19,7 @@ from typing import Final
 
 import structlog
 
+from fedgrpc.aggregator.changed_settings import changes, compared_text
 from fedgrpc.aggregator.driver import Rounds
 from fedgrpc.aggregator.hosted_run import Common, HostedRun
 from fedgrpc.aggregator.own_rounds import OwnRounds
@@ -28,7 +29,7 @@ from fedgrpc.aggregator.run_files import RUNS, SETTINGS_FILE, Texts, check_chang
 from fedgrpc.aggregator.run_fleet import FleetSharing
 from fedgrpc.aggregator.run_models import Record
 from fedgrpc.aggregator.sessions import Sessions
-from fedgrpc.aggregator.settings import AggregatorSettings, changes, compared_text
+from fedgrpc.aggregator.settings import AggregatorSettings
 from fedgrpc.aggregator.tokens import run_id_of
 from fedgrpc.aio import Changes
 from fedgrpc.errors import Exhausted, FedgrpcError, IllegalTransition, NotFound, UsageError

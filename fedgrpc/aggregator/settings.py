@@ -1,19 +1,16 @@
-"""Settings of an aggregator, checked when they are made, and what differs from those of the last start. Pure.
+"""Settings of an aggregator, checked when they are made. Pure.
 
-The rule: nothing is taken over in silence. What would break the run is refused by name, the rest is told.
+The rule: what would break the run is refused by name, alone or together with another setting.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import hashlib
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from types import MappingProxyType
-from typing import Final
 
 from fedgrpc.aggregation.admission import AdmissionPolicy
 from fedgrpc.aggregation.robust.aggregation import MEAN, aggregation_of
@@ -35,6 +32,7 @@ from fedgrpc.rounds.selector import UNIFORM
 from fedgrpc.rpc.address import Address
 from fedgrpc.rpc.channel import MAX_CHUNK_BYTES, Tls
 from fedgrpc.rpc.relay import MAX_PROCESSES
+from fedgrpc.runs.conditions import Condition
 from fedgrpc.runs.eligibility import parse as parse_requires
 from fedgrpc.runs.scheduler import Share
 from fedgrpc.submodels.plan import covers_all
@@ -50,44 +48,6 @@ _SIZES = {
     "max_upload_memory_bytes": 1 << 40,
 }
 _LONGEST_NAME = 200
-# Every version has the layout of the first one.
-_FIXED: Final = ("model",)
-ALGORITHM: Final = "plan.algorithm"
-OPTIMIZER: Final = "server_optimizer"
-_PARTS: Final = ("policy", "choosing", "plan", "target", "privacy", "secure")
-
-
-@dataclass(frozen=True)
-class Target:
-    """A score at which the run may end early: `name >= value`, or `name <= value` when `at_least` is False."""
-
-    name: str
-    value: float
-    at_least: bool = True
-
-    @classmethod
-    def parse(cls, text: str) -> Target:
-        """Read "accuracy>=0.95" or "loss<=0.1". Raises `UsageError`."""
-        for sign in (">=", "<="):
-            name, found, number = text.partition(sign)
-            if found and name.strip():
-                try:
-                    value = float(number)
-                except ValueError:
-                    break
-                if math.isfinite(value):
-                    return cls(name.strip(), value, sign == ">=")
-        raise UsageError(f"a target metric looks like accuracy>=0.95 or loss<=0.1, not {text!r}")
-
-    def __str__(self) -> str:
-        return f"{self.name} {'>=' if self.at_least else '<='} {self.value:g}"
-
-    def met(self, metrics: Mapping[str, float]) -> bool:
-        """Return whether `metrics` has this score and it is good enough."""
-        if self.name not in metrics:
-            return False
-        value = metrics[self.name]
-        return value >= self.value if self.at_least else value <= self.value
 
 
 @dataclass(frozen=True)
@@ -115,7 +75,7 @@ class AggregatorSettings:
     staleness_exponent: float = 0.5
     server_optimizer: str = "fedavg"
     server_learning_rate: float | None = None
-    target: Target | None = None
+    target: Condition | None = None
     patience: int | None = None
     evaluate: bool = True
     max_update_norm: float | None = None
@@ -427,43 +387,3 @@ class AggregatorSettings:
     def heartbeat_s(self) -> float:
         """Seconds between the heartbeats of a worker with a task: by default a third of its lease, 5 s at most."""
         return self.heartbeat_interval_s or min(5.0, self.policy.lease_s / 3)
-
-
-def settings_text(settings: AggregatorSettings) -> dict[str, str]:
-    """Return the settings as operators see them, without the paths of secrets. Plans have a message."""
-    text: dict[str, str] = {}
-    for setting in dataclasses.fields(settings):
-        value = getattr(settings, setting.name)
-        if dataclasses.is_dataclass(value) and setting.name in _PARTS:
-            text.update(
-                {f"{setting.name}.{name}": str(item) for name, item in vars(value).items() if item is not None}
-            )
-        elif setting.name not in ("tls", "local_models") and value is not None:
-            text[setting.name] = str(value)
-    return text
-
-
-def compared_text(settings: AggregatorSettings) -> dict[str, str]:
-    """Return the settings to compare at the next start: an initial model by its content."""
-    text = settings_text(settings)
-    text.pop("initial_model", None)
-    text["local_models"] = hashlib.sha256(repr(settings.local_models).encode()).hexdigest()[:12]
-    return text
-
-
-def changes(before: Mapping[str, str], now: Mapping[str, str]) -> dict[str, str]:
-    """Return `OLD -> NEW` by setting, for all that changed. Raises `UsageError` for one that may not change."""
-    changed = sorted(name for name in {*before, *now} if before.get(name) != now.get(name))
-    for name in _FIXED:
-        if name in changed and before.get(name) and now.get(name):
-            raise UsageError(
-                f"{name} {now[name]!r} is not that of the run in this data folder, {before[name]!r}: its versions "
-                "have another layout; take another data folder"
-            )
-    old, new = before.get(ALGORITHM), now.get(ALGORITHM)
-    if ALGORITHM in changed and algorithm_of(old).companions != algorithm_of(new).companions:
-        raise UsageError(
-            f"algorithm {new or 'fedavg'} has other companion tensors than {old or 'fedavg'}, with which the run "
-            "in this data folder began; take another data folder"
-        )
-    return {name: f"{before.get(name, 'none')} -> {now.get(name, 'none')}" for name in changed}

@@ -14,7 +14,7 @@ import click
 
 from fedgrpc.aggregator.run_files import Texts, holds_run
 from fedgrpc.aggregator.server import Aggregator, Hosting, run_aggregator
-from fedgrpc.aggregator.settings import AggregatorSettings, Target
+from fedgrpc.aggregator.settings import AggregatorSettings
 from fedgrpc.cli.aggregator_settings import PROCESS_NAMES, SETTINGS
 from fedgrpc.cli.beside import beside_of
 from fedgrpc.cli.options import SettingsCommand, pick
@@ -35,6 +35,7 @@ from fedgrpc.rounds.selection import SelectionPolicy
 from fedgrpc.rpc.address import Address, dialled
 from fedgrpc.rpc.channel import Tls
 from fedgrpc.rpc.fence import within_reach
+from fedgrpc.runs.conditions import Condition
 from fedgrpc.submodels.plan_table import PlanTable
 from fedgrpc.training_plan import TrainingPlan
 from fedgrpc.worker.settings import WorkerSettings
@@ -55,7 +56,7 @@ def settings_from(values: dict[str, Any]) -> AggregatorSettings:
         local_models=PlanTable() if plans is None else read_file(plans, PlanTable.from_toml),
         worker_weights=dict(values["worker_weights"]),
         task_options=dict(values["task_options"]),
-        target=None if values["target"] is None else Target.parse(values["target"]),
+        target=None if values["target"] is None else Condition.parse(values["target"]),
         upload_recipe=values["upload_recipe"] or both,
         download_recipe=values["download_recipe"] or both,
         tls=server_tls(values),

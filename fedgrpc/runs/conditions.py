@@ -40,7 +40,7 @@ class Condition:
                 value = math.nan
             if math.isfinite(value) and name.isprintable() and len(name) <= METRIC_NAME_CHARS:
                 return cls(name, value, sign == ">=")
-        raise UsageError(f"a condition looks like accuracy>=0.9 or loss<=0.5, not {text[:80]!r}")
+        raise UsageError(f"a condition looks like accuracy>=0.95 or loss<=0.1, not {text[:80]!r}")
 
     def __str__(self) -> str:
         return f"{self.name}{'>=' if self.at_least else '<='}{self.value:g}"

@@ -2,7 +2,8 @@
 
 import pytest
 
-from fedgrpc.aggregator.settings import AggregatorSettings, changes, compared_text
+from fedgrpc.aggregator.changed_settings import changes, compared_text
+from fedgrpc.aggregator.settings import AggregatorSettings
 from fedgrpc.errors import UsageError
 from fedgrpc.rounds.policy import RoundPolicy
 from fedgrpc.training_plan import TrainingPlan

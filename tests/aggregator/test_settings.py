@@ -2,41 +2,12 @@
 
 import pytest
 
-from fedgrpc.aggregator.settings import AggregatorSettings, Target
+from fedgrpc.aggregator.settings import AggregatorSettings
 from fedgrpc.errors import UsageError
 from fedgrpc.rounds.policy import RoundPolicy
 from fedgrpc.training_plan import TrainingPlan
 
 NAN, INF = float("nan"), float("inf")
-
-
-@pytest.mark.parametrize(
-    ("text", "target"),
-    [
-        ("accuracy>=0.95", Target("accuracy", 0.95)),
-        (" loss <= 1e-3 ", Target("loss", 0.001, at_least=False)),
-        ("top-5>=90", Target("top-5", 90.0)),
-    ],
-)
-def test_a_target_is_read_from_its_text(text, target):
-    assert Target.parse(text) == target
-
-
-@pytest.mark.parametrize(
-    "text", ["", "accuracy", ">=0.9", "accuracy>=", "accuracy>=high", "accuracy=0.9", "a>0.9", "a>=nan", "a<=inf"]
-)
-def test_a_text_that_is_no_target_is_refused_with_an_example(text):
-    with pytest.raises(UsageError, match=r"looks like accuracy>=0.95 or loss<=0.1"):
-        Target.parse(text)
-
-
-def test_a_target_is_met_from_its_value_on_and_only_by_its_own_metric():
-    accuracy, loss = Target("accuracy", 0.9), Target("loss", 0.1, at_least=False)
-    assert [accuracy.met({"accuracy": value}) for value in (0.89, 0.9, 1.0)] == [False, True, True]
-    assert [loss.met({"loss": value}) for value in (0.11, 0.1, 0.0)] == [False, True, True]
-    assert not accuracy.met({"loss": 1.0})
-    assert not accuracy.met({"accuracy": NAN})
-    assert not loss.met({"loss": NAN})
 
 
 @pytest.mark.parametrize(

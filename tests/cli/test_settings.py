@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from fedgrpc.aggregator.settings import AggregatorSettings, Target
+from fedgrpc.aggregator.settings import AggregatorSettings
 from fedgrpc.cli import COMMANDS, aggregator, worker
 from fedgrpc.cli.main import load_command
 from fedgrpc.cli.options import SettingsCommand
@@ -17,6 +17,7 @@ from fedgrpc.protocol.tasks import WorkerRole
 from fedgrpc.rounds.policy import RoundPolicy
 from fedgrpc.rounds.selection import SelectionPolicy
 from fedgrpc.rpc.channel import Tls
+from fedgrpc.runs.conditions import Condition
 from fedgrpc.trainer import TaskSetup
 from fedgrpc.training_plan import TrainingPlan
 from fedgrpc.worker.settings import WorkerSettings
@@ -72,7 +73,7 @@ def test_flags_reach_the_settings() -> None:
     assert settings.policy == RoundPolicy(min_workers=3, deadline_s=120, lease_s=1.5)
     assert settings.plan == TrainingPlan(epochs=0.5)
     assert settings.worker_weights == {"pi-1": 0.5, "pi-2": 2.0}
-    assert settings.target == Target("accuracy", 0.9)
+    assert settings.target == Condition("accuracy", 0.9)
     assert (settings.durable, settings.max_payload_bytes) == (False, 1 << 30)
     assert (settings.download_recipe, settings.upload_recipe) == ("int8+zstd", "float16")
 

@@ -8,13 +8,14 @@ from typing import Any
 
 import pytest
 
-from fedgrpc.aggregator.settings import AggregatorSettings, Target
+from fedgrpc.aggregator.settings import AggregatorSettings
 from fedgrpc.cli import aggregator
 from fedgrpc.cli.aggregator import upstream_from
 from fedgrpc.errors import UsageError
 from fedgrpc.hierarchy.process import Leaf
 from fedgrpc.protocol.tasks import WorkerRole
 from fedgrpc.rpc.channel import Tls
+from fedgrpc.runs.conditions import Condition
 from fedgrpc.training_plan import TrainingPlan
 from fedgrpc.worker.settings import WorkerSettings
 
@@ -56,7 +57,7 @@ def test_settings_of_a_link_that_there_is_not_are_refused(arguments: list[str]) 
         {"rounds": 3},
         {"plan": TrainingPlan(epochs=2)},
         {"server_optimizer": "fedadam"},
-        {"target": Target("accuracy", 0.9)},
+        {"target": Condition("accuracy", 0.9)},
         {"initial_model": Path("m.safetensors")},
         {"noise_weights": False},
     ],

@@ -5,10 +5,11 @@ import asyncio
 import numpy as np
 import pytest
 
-from fedgrpc.aggregator.settings import AggregatorSettings, Target
+from fedgrpc.aggregator.settings import AggregatorSettings
 from fedgrpc.cli.tables import rounds_table
 from fedgrpc.errors import UsageError
 from fedgrpc.rounds.policy import RoundPolicy
+from fedgrpc.runs.conditions import Condition
 from fedgrpc.submodels.plan import LocalModelPlan
 from fedgrpc.submodels.plan_table import PlanTable
 from fedgrpc.training_plan import TrainingPlan
@@ -156,7 +157,7 @@ async def second_round(running, devices, scores):
 
 
 async def test_scores_that_end_a_run_count_by_no_more_than_the_examples_of_the_update(tmp_path):
-    async with running_aggregator(tmp_path, rounds=4, target=Target("accuracy", 0.95)) as running:
+    async with running_aggregator(tmp_path, rounds=4, target=Condition("accuracy", 0.95)) as running:
         devices = [await running.device("evil"), await running.device("honest")]
         lie = {"evaluation_metrics": {"accuracy": 1.0}, "evaluation_example_count": 2**40, "example_count": 10}
         truth = {"evaluation_metrics": {"accuracy": 0.1}, "evaluation_example_count": 5, "example_count": 10}
@@ -167,7 +168,7 @@ async def test_scores_that_end_a_run_count_by_no_more_than_the_examples_of_the_u
 
 @pytest.mark.parametrize(("named", "versions"), [((), 5), (("jud*",), 4)])
 async def test_scores_of_an_evaluator_end_a_run_only_where_the_operator_named_it(tmp_path, named, versions):
-    about = {"rounds": 4, "target": Target("accuracy", 0.95), "evaluators": named}
+    about = {"rounds": 4, "target": Condition("accuracy", 0.95), "evaluators": named}
     async with running_aggregator(tmp_path, **about) as running:
         devices = [await running.device("a"), await running.device("b")]
         await second_round(running, devices, [{}, {}])

@@ -14,9 +14,9 @@ from safetensors.numpy import load_file, save_file
 
 from fedgrpc.aggregation.server_optimizer import server_optimizer
 from fedgrpc.aggregator.delta_bases import DeltaBases
-from fedgrpc.aggregator.settings import Target
 from fedgrpc.protocol.tensors import channels_to_proto
 from fedgrpc.rpc.retry import Backoff
+from fedgrpc.runs.conditions import Condition
 from fedgrpc.submodels.channels import ChannelGroup, ChannelMap, Segment
 from fedgrpc.submodels.plan import LocalModelPlan, Pruning, Quantization
 from fedgrpc.submodels.plan_table import PlanTable
@@ -277,7 +277,7 @@ async def test_scores_of_slices_are_not_scores_of_the_version(tmp_path: Path) ->
 
 async def test_a_fleet_of_sub_models_alone_has_a_score_and_can_meet_its_target(tmp_path: Path) -> None:
     plans = PlanTable(LocalModelPlan(0.5))
-    about: dict[str, Any] = {"rounds": 9, "evaluate": True, "target": Target.parse("width>=4")}
+    about: dict[str, Any] = {"rounds": 9, "evaluate": True, "target": Condition.parse("width>=4")}
     outcome = await play(tmp_path, {"a": ("", Adder(1)), "b": ("", Adder(2))}, plans, **about)
     assert len(outcome.rounds) < 9
     scored = [round_ for round_ in outcome.rounds if round_.metrics]

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from fedgrpc.aggregator.settings import Target
 from fedgrpc.protocol.plans import policy_from_proto
 from fedgrpc.protocol.tasks import WorkerRole
 from fedgrpc.rpc.channel import open_channel
+from fedgrpc.runs.conditions import Condition
 from fedgrpc.training_plan import TrainingPlan
 from fedgrpc.v1 import aggregator_pb2 as pb
 from fedgrpc.v1 import device_pb2, round_pb2
@@ -194,7 +194,7 @@ async def test_workers_are_listed_with_what_they_do(tmp_path):
 
 
 async def test_the_run_tells_its_settings_layout_and_progress(tmp_path):
-    changes = {"run_name": "fleet-7", "rounds": 3, "target": Target("accuracy", 0.9), "model": "LeNet"}
+    changes = {"run_name": "fleet-7", "rounds": 3, "target": Condition("accuracy", 0.9), "model": "LeNet"}
     async with running_aggregator(tmp_path, **changes) as running:
         run = await running.run()
         assert (run.name, run.phase, run.model_version, run.total_rounds) == (
@@ -274,7 +274,7 @@ async def test_evaluators_score_every_version_and_the_workers_say_what_they_find
 
 
 async def test_the_target_ends_the_run_early(tmp_path):
-    async with running_aggregator(tmp_path, rounds=50, evaluate=True, target=Target("mean", 3.5)) as running:
+    async with running_aggregator(tmp_path, rounds=50, evaluate=True, target=Condition("mean", 3.5)) as running:
         crew = [start_worker(running, tmp_path, name, ShiftTrainer()) for name in ("a", "b")]
         assert await asyncio.gather(*crew) == [0, 0]
         run = await running.run()

@@ -9,8 +9,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from fedgrpc.aggregator.settings import Target
 from fedgrpc.protocol.tensors import manifest_from_proto
+from fedgrpc.runs.conditions import Condition
 from fedgrpc.storage.uploads import UploadJournal
 from fedgrpc.v1 import aggregator_pb2 as pb
 from fedgrpc.v1 import round_pb2
@@ -120,7 +120,7 @@ async def test_more_rounds_continue_a_finished_run_and_fewer_leave_it_finished(t
 
 async def test_a_run_that_met_its_target_stays_finished_until_another_is_set(tmp_path):
     """A supervisor that starts the aggregator again whenever it ends must not train the model further."""
-    goal = {"rounds": 50, "evaluate": True, "target": Target("mean", 1.5)}
+    goal = {"rounds": 50, "evaluate": True, "target": Condition("mean", 1.5)}
     async with running_aggregator(tmp_path, **goal) as running:
         crew = [start_worker(running, tmp_path, name, ShiftTrainer()) for name in ("a", "b")]
         assert await asyncio.gather(*crew) == [0, 0]
@@ -129,7 +129,7 @@ async def test_a_run_that_met_its_target_stays_finished_until_another_is_set(tmp
     async with running_aggregator(tmp_path, **goal) as running:
         run = await running.until_finished()
         assert (run.model_version, run.reason) == (ended.model_version, ended.reason)
-    async with running_aggregator(tmp_path, **{**goal, "target": Target("mean", 2.5)}) as running:
+    async with running_aggregator(tmp_path, **{**goal, "target": Condition("mean", 2.5)}) as running:
         assert (await running.run()).phase == pb.RUN_PHASE_RUNNING
 
 

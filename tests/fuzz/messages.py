@@ -15,7 +15,6 @@ from google.protobuf.message import DecodeError, Message
 from fedgrpc.aggregation.admission import AdmissionPolicy
 from fedgrpc.aggregator.negotiation import Negotiation
 from fedgrpc.aggregator.registry import Worker, WorkerRegistry
-from fedgrpc.aggregator.settings import Target as RunTarget
 from fedgrpc.codec.chunk import Chunk, check_chunk, crc32
 from fedgrpc.codec.encoding import parse_encoding
 from fedgrpc.codec.preference import parse_preferences
@@ -29,6 +28,7 @@ from fedgrpc.protocol.updates import report_from_proto
 from fedgrpc.rounds.history import WorkerHistory
 from fedgrpc.rpc import framing
 from fedgrpc.rpc.identity import Session
+from fedgrpc.runs.conditions import Condition
 from fedgrpc.submodels.channels import Axis, ChannelGroup, ChannelMap, Segment, SubModel
 from fedgrpc.submodels.plan import LocalModelPlan
 from fedgrpc.submodels.plan_table import PlanTable
@@ -64,7 +64,7 @@ def _recipe(text: str) -> None:
 
 _READERS_OF_TEXT: Final[tuple[Callable[[str], object], ...]] = (
     *(_recipe, parse_encoding, parse_preferences, plan_messages.parse_sub_model),
-    *(SubModel.parse, Session.parse, RunTarget.parse, parse_partition, parse_part),
+    *(SubModel.parse, Session.parse, Condition.parse, parse_partition, parse_part),
 )
 
 

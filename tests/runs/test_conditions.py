@@ -20,16 +20,26 @@ def accuracies(*values):
 def test_a_condition_is_read_and_shown_alike():
     assert Condition.parse(" accuracy >= 0.9") == ACCURATE
     assert Condition.parse("loss<=0.5") == CHEAP
+    assert Condition.parse(" loss <= 1e-3 ") == Condition("loss", 0.001, at_least=False)
+    assert Condition.parse("top-5>=90") == Condition("top-5", 90.0)
     assert (str(ACCURATE), str(CHEAP)) == ("accuracy>=0.9", "loss<=0.5")
 
 
 @pytest.mark.parametrize(
     "text",
-    ["", "accuracy", "accuracy>0.9", "accuracy>=", ">=0.9", "a>=nan", "a>=inf", "a>=0.9>=1", "x" * 65 + ">=1"],
+    [
+        *("", "accuracy", "accuracy>0.9", "accuracy=0.9", "accuracy>=", "accuracy>=high", ">=0.9"),
+        *("a>=nan", "a>=inf", "a<=inf", "a>=0.9>=1", "x" * 65 + ">=1"),
+    ],
 )
-def test_anything_else_is_refused(text):
-    with pytest.raises(UsageError, match="looks like"):
+def test_anything_else_is_refused_with_an_example(text):
+    with pytest.raises(UsageError, match=r"looks like accuracy>=0.95 or loss<=0.1"):
         Condition.parse(text)
+
+
+def test_a_condition_is_met_from_its_value_on():
+    assert [ACCURATE.met(score) for score in (0.89, 0.9, 1.0, math.nan)] == [False, True, True, False]
+    assert [CHEAP.met(score) for score in (0.51, 0.5, 0.0, math.nan)] == [False, True, True, False]
 
 
 def test_nothing_is_decided_before_a_quorum_has_reported():
