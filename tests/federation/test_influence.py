@@ -185,7 +185,7 @@ async def test_scores_of_an_evaluator_end_a_run_only_where_the_operator_named_it
         running.pass_time(300)
         run = await running.until_finished()
         assert run.model_version == versions
-        assert run.reason == ("version 3 has accuracy >= 0.95" if named else "all 4 rounds are done")
+        assert run.reason == ("version 3 has accuracy>=0.95" if named else "all 4 rounds are done")
 
 
 async def test_weight_that_ends_a_round_early_is_weight_that_counts(tmp_path):

@@ -279,7 +279,7 @@ async def test_the_target_ends_the_run_early(tmp_path):
         assert await asyncio.gather(*crew) == [0, 0]
         run = await running.run()
         assert (run.phase, run.model_version < 10) == (pb.RUN_PHASE_FINISHED, True)
-        assert "has mean >= 3.5" in run.reason
+        assert "has mean>=3.5" in run.reason
 
 
 @pytest.mark.parametrize(
