@@ -45,7 +45,7 @@ from fedgrpc.worker.loop import Loop, leave
 from fedgrpc.worker.settings import WorkerSettings
 from fedgrpc.worker.spool import Fill, SpooledUpdate
 from fedgrpc.worker.status import Controls, StatusPublisher
-from fedgrpc.worker.training import ALL_PARTS
+from fedgrpc.worker.trainer_calls import ALL_PARTS
 from fedgrpc.worker.update import Began, Outcome, update_of
 
 # Share of the time left that is reserved for the task's own upload, or this multiple of what the last one took.

@@ -17,7 +17,7 @@ from fedgrpc.protocol.tensors import manifest_from_proto, manifest_to_proto
 from fedgrpc.rpc.client_stream import ClientStream
 from fedgrpc.v1 import aggregator_pb2 as pb
 from fedgrpc.v1 import device_pb2, round_pb2, tensor_pb2
-from fedgrpc.worker.training import ALL_PARTS
+from fedgrpc.worker.trainer_calls import ALL_PARTS
 
 MODEL = {
     "w": np.linspace(-1, 1, 2000, dtype=np.float32).reshape(50, 40),

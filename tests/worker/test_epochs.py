@@ -13,7 +13,7 @@ from fedgrpc.rounds.policy import TaskKind
 from fedgrpc.trainer import Epoch
 from fedgrpc.training_plan import TrainingPlan
 from fedgrpc.worker.throttle import Throttle
-from fedgrpc.worker.training import Hooks, job_of
+from fedgrpc.worker.trainer_calls import Hooks, job_of
 
 
 @pytest.fixture

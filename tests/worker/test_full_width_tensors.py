@@ -4,7 +4,7 @@ import pytest
 from structlog.testing import capture_logs
 
 from fedgrpc.submodels.channels import ChannelGroup, ChannelMap, Segment
-from fedgrpc.worker.training import described
+from fedgrpc.worker.trainer_calls import described
 from tests.support.running_worker import AddOneTrainer
 
 

@@ -32,7 +32,7 @@ from fedgrpc.worker.algorithm_work import algorithm_for
 from fedgrpc.worker.held_model import HeldModel
 from fedgrpc.worker.task_loader import load_trainer
 from fedgrpc.worker.throttle import Throttle
-from fedgrpc.worker.training import (
+from fedgrpc.worker.trainer_calls import (
     Hooks,
     described,
     evaluate,
