@@ -41,7 +41,8 @@ from fedgrpc.worker.client import AggregatorClient
 from fedgrpc.worker.device import detect
 from fedgrpc.worker.enrolment import Link
 from fedgrpc.worker.local_work import LocalWork, TaskFiles
-from fedgrpc.worker.loop import Loop, leave
+from fedgrpc.worker.loop import Loop
+from fedgrpc.worker.membership import leave
 from fedgrpc.worker.settings import WorkerSettings
 from fedgrpc.worker.spool import Fill, SpooledUpdate
 from fedgrpc.worker.status import Controls, StatusPublisher

@@ -35,7 +35,7 @@ from google.protobuf.message import DecodeError
 from fedgrpc.codec.feedback import Keep, Residual
 from fedgrpc.codec.layout import Layout
 from fedgrpc.codec.payload import Read, file_reader, verify_digest
-from fedgrpc.errors import CodecError, LayoutError, StorageError
+from fedgrpc.errors import CodecError, FedgrpcError, LayoutError, StorageError, UsageError
 from fedgrpc.protocol.tensors import manifest_from_proto
 from fedgrpc.storage.files import (
     UNFINISHED,
@@ -309,3 +309,10 @@ def _read_about(path: Path) -> tuple[tuple[bytes, bytes], int]:
         header_bytes, task_bytes = sizes
         header = os.pread(file.fileno(), header_bytes, size_bytes)
         return (header, os.pread(file.fileno(), task_bytes, size_bytes + header_bytes)), size_bytes
+
+
+def check_folder(state_dir: Path, error: FedgrpcError) -> None:
+    """Raise `UsageError` where no later try can succeed, because the state folder has been removed."""
+    # Only the start creates the spool. Other folders are created again when they are needed.
+    if isinstance(error, StorageError) and not (state_dir / "spool").exists():
+        raise UsageError(f"the folder {state_dir} was removed while it was in use; start again") from error

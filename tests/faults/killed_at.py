@@ -110,7 +110,7 @@ def _note_round(*arguments):
 def arm(point):
     """Lay the trap."""
     if point.since_round:
-        wrap("fedgrpc.worker.loop:Loop._perform", "before", _note_round)
+        wrap("fedgrpc.worker.leased_tasks:LeasedTasks.perform", "before", _note_round)
     if point.sigterm_at is not None:
         wrap(point.sigterm_at, "before", _Counted(Point("", since_round=point.since_round), terminate))
     wrap(point.target, point.moment, _Counted(point, kill))

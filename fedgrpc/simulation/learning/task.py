@@ -27,7 +27,7 @@ from fedgrpc.simulation.learning.world import World
 from fedgrpc.v1 import aggregator_pb2
 from fedgrpc.v1.aggregator_pb2 import UpdateHeader
 from fedgrpc.worker.held_model import Source
-from fedgrpc.worker.loop import SETTLED_S
+from fedgrpc.worker.leased_tasks import SETTLED_S
 
 # A transfer looks this often whether it can go on; a worker's chunks are like that.
 _CHUNK_S: Final = 1.0

@@ -36,7 +36,7 @@ PATIENCE_S = 300.0
 WAIT_S = 30.0
 # As `fedgrpc.worker.model_pulls` has it.
 _ALONG_S = 0.5
-# As `fedgrpc.worker.loop` has it: training that is over sooner gets no heartbeat.
+# As `fedgrpc.worker.leased_tasks` has it: training that is over sooner gets no heartbeat.
 _SETTLED_S = 1.0
 _ZSTD = tensor_pb2.COMPRESSION_ZSTD
 
