@@ -35,8 +35,8 @@ class ServerOptimizer(Protocol):
 
 
 @dataclass(frozen=True)
-class FedAvg:
-    """w + lr * delta (arXiv 1602.05629 with lr = 1)."""
+class PlainStep:
+    """FedAvg: w + lr * delta (arXiv 1602.05629 with lr = 1)."""
 
     learning_rate: float = 1.0
     state_count: ClassVar[int] = 0
@@ -111,7 +111,7 @@ class FedAdam(_Adaptive):
 
 
 OPTIMIZERS: Final[dict[str, type]] = {
-    "fedavg": FedAvg,
+    "fedavg": PlainStep,
     "fedavgm": FedAvgM,
     "fedadagrad": FedAdagrad,
     "fedyogi": FedYogi,

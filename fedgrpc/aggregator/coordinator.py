@@ -66,7 +66,7 @@ from fedgrpc.runs.merge import Weighing
 from fedgrpc.runs.rules import RunRules
 from fedgrpc.storage.data_folder import DataFolder
 from fedgrpc.storage.run_store import RunStore
-from fedgrpc.storage.task_rows import StoredRun
+from fedgrpc.storage.task_rows import RunRow
 from fedgrpc.storage.uploads import UploadJournal
 from fedgrpc.tracking.tracker import tracker_of
 from fedgrpc.tracking.tracking import Tracking
@@ -293,7 +293,7 @@ class Coordinator(RunShell):
         self.news()
 
     async def _store_run(self, run: RunMachine) -> None:
-        stored = StoredRun(
+        stored = RunRow(
             run.id,
             self.settings.run_name,
             run.phase,

@@ -39,7 +39,7 @@ from fedgrpc.runs.events import (
     VersionTaken,
 )
 from fedgrpc.storage.model_file import ModelFile, write_model
-from fedgrpc.storage.task_rows import StoredRun
+from fedgrpc.storage.task_rows import RunRow
 from fedgrpc.v1 import round_pb2
 from fedgrpc.v1.round_pb2 import TASK_KIND_INITIALIZE
 
@@ -243,7 +243,7 @@ class Recovery:
             )
 
 
-def _restored(stored: StoredRun) -> RunRestored:
+def _restored(stored: RunRow) -> RunRestored:
     return RunRestored(
         stored.id,
         stored.phase,

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from fedgrpc.aggregation.server_optimizer import FedAvg
-from fedgrpc.algorithms.fedavg import FedAvg as PlainMean
+from fedgrpc.aggregation.server_optimizer import PlainStep
+from fedgrpc.algorithms.fedavg import FedAvg
 from fedgrpc.algorithms.registry import algorithm_of
 from fedgrpc.errors import UsageError
 from fedgrpc.training_plan import TrainingPlan
@@ -46,7 +46,7 @@ def check_algorithm(
         )
     if algorithm.uses_losses and not evaluate:
         raise UsageError(f"{name} needs the loss of each device: leave out --no-evaluate")
-    inner = FedAvg()
+    inner = PlainStep()
     if server_optimizer != "fedavg" and algorithm.optimizers(inner, 1).get("") is not inner:
         raise UsageError(f"server_optimizer goes without {name}, which has a step of its own")
 
@@ -60,9 +60,9 @@ def goes_through_leaves(plan: TrainingPlan) -> bool:
 
 def counts_differences_alone(plan: TrainingPlan) -> bool:
     """Return whether the algorithm's mean is that of differences, each as long as the device sent it."""
-    algorithm, inner = algorithm_of(plan.algorithm), FedAvg()
+    algorithm, inner = algorithm_of(plan.algorithm), PlainStep()
     more = algorithm.companions or algorithm.keeps or algorithm.normalizes
-    weighs = algorithm.uses_norms or algorithm.uses_losses or type(algorithm).scales is not PlainMean.scales
+    weighs = algorithm.uses_norms or algorithm.uses_losses or type(algorithm).scales is not FedAvg.scales
     return (
         not (more or weighs or algorithm.mixing(0) is not None) and algorithm.optimizers(inner, 1).get("") is inner
     )

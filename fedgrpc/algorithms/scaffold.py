@@ -21,8 +21,7 @@ from typing import ClassVar, Final
 import numpy as np
 
 from fedgrpc.aggregation.scaling import accumulated_steps
-from fedgrpc.aggregation.server_optimizer import FedAvg as Step
-from fedgrpc.aggregation.server_optimizer import ServerOptimizer
+from fedgrpc.aggregation.server_optimizer import PlainStep, ServerOptimizer
 from fedgrpc.algorithms.algorithm import Local, Pass, Received, Sent, Term, Trained
 from fedgrpc.algorithms.fedavg import FedAvg
 from fedgrpc.errors import UsageError
@@ -77,7 +76,7 @@ class Scaffold(FedAvg):
 
     def optimizers(self, inner: ServerOptimizer, workers: int) -> Mapping[str, ServerOptimizer]:
         """Move c by |S|/N of the mean change."""
-        return {"": inner, CONTROL: Step(participation(workers, self.workers))}
+        return {"": inner, CONTROL: PlainStep(participation(workers, self.workers))}
 
 
 def _as(like: np.ndarray, values: np.ndarray) -> np.ndarray:

@@ -39,7 +39,7 @@ from fedgrpc.v1 import aggregator_pb2
 from fedgrpc.worker.caller import Report
 from fedgrpc.worker.client import AggregatorClient
 from fedgrpc.worker.device import detect
-from fedgrpc.worker.enrolment import Link
+from fedgrpc.worker.enrolment import WorkerLink
 from fedgrpc.worker.local_work import LocalWork, TaskFiles
 from fedgrpc.worker.loop import Loop
 from fedgrpc.worker.membership import leave
@@ -57,14 +57,14 @@ _DEVICE_CLASS: Final = "aggregator"
 log = structlog.get_logger()
 
 
-def round_link(settings: WorkerSettings, link: Link, session: Session, runs: LeafRuns) -> Loop:
+def round_link(settings: WorkerSettings, link: WorkerLink, session: Session, runs: LeafRuns) -> Loop:
     """Return the loop that takes training tasks from the parent. Raises `StorageError`."""
     client, publisher, files = _ends(settings, link, session)
     return _loop(settings, link, client, publisher, files, RoundWork(settings, files, publisher, runs))
 
 
 async def relay_scores(
-    settings: WorkerSettings, link: Link, session: Session, runs: LeafRuns, lease_s: float
+    settings: WorkerSettings, link: WorkerLink, session: Session, runs: LeafRuns, lease_s: float
 ) -> None:
     """Be an evaluator of the parent from the leaf's first evaluator until the parent's run has ended.
 
@@ -86,7 +86,7 @@ async def relay_scores(
 
 
 def _ends(
-    settings: WorkerSettings, link: Link, session: Session
+    settings: WorkerSettings, link: WorkerLink, session: Session
 ) -> tuple[AggregatorClient, StatusPublisher, TaskFiles]:
     client = AggregatorClient(link.channel, settings.name, settings.throttle, settings.stall_s, session=session)
     link.serve(client)
@@ -96,7 +96,7 @@ def _ends(
 
 def _loop(
     settings: WorkerSettings,
-    link: Link,
+    link: WorkerLink,
     client: AggregatorClient,
     publisher: StatusPublisher,
     files: TaskFiles,

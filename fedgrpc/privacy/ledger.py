@@ -75,7 +75,7 @@ class ReleaseRules:
 
 
 @dataclass(frozen=True)
-class Release:
+class PrivateRelease:
     """One entry: `step` counts releases from 1. `count` updates are in the sum, whose tokens `updates` digests.
 
     `next_clip_norm`: that of the rounds after this one.
@@ -89,7 +89,7 @@ class Release:
     rules: ReleaseRules
     next_clip_norm: float
 
-    def adapted(self, fits: int, noise: RoundNoise) -> Release:
+    def adapted(self, fits: int, noise: RoundNoise) -> PrivateRelease:
         """Return the release with the clip norm that follows from it: `fits` of its updates were not clipped."""
         rules = self.rules
         if rules.clip_quantile is None:
@@ -114,7 +114,7 @@ class Ledger:
     rules: ReleaseRules
     delta: float
     target_epsilon: float | None = None
-    releases: tuple[Release, ...] = ()
+    releases: tuple[PrivateRelease, ...] = ()
     last_steps: Mapping[str, int] = field(default_factory=lambda: MappingProxyType({}))
 
     @property
@@ -122,7 +122,7 @@ class Ledger:
         """The step of the next release."""
         return len(self.releases) + 1
 
-    def release_of(self, round_number: int, version: int, tokens: Sequence[str]) -> Release:
+    def release_of(self, round_number: int, version: int, tokens: Sequence[str]) -> PrivateRelease:
         """Return the release of this sum: the one entered before a crash, else the next one, to be entered.
 
         The same round with other updates is another release: two sums under one noise would tell their difference.
@@ -137,7 +137,7 @@ class Ledger:
         if not self.affordable:
             raise UpdateRefused(f"one more release would cost more than an epsilon of {self.target_epsilon:g}")
         rules = self.rules_of(round_number)
-        return Release(self.next_step, round_number, version, len(tokens), updates, rules, rules.clip_norm)
+        return PrivateRelease(self.next_step, round_number, version, len(tokens), updates, rules, rules.clip_norm)
 
     def rules_of(self, round_number: int) -> ReleaseRules:
         """Return the rules of the next release, if it is of this round: of the last entry's, or of a later one."""
@@ -146,7 +146,7 @@ class Ledger:
             return replace(self.rules, clip_norm=self.releases[-1].rules.clip_norm)
         return self.rules
 
-    def entered(self, release: Release) -> Ledger:
+    def entered(self, release: PrivateRelease) -> Ledger:
         """Return the ledger with one more release."""
         if release.step != self.next_step:
             raise ValueError(f"release {release.step} cannot follow {len(self.releases)} others")
@@ -241,7 +241,7 @@ def ledger_of(
     clip_norm: float,
     rate: float | None,
     planned: int | None,
-    releases: Sequence[Release] = (),
+    releases: Sequence[PrivateRelease] = (),
     last_steps: Mapping[str, int] = MappingProxyType({}),
     clip_quantile: float | None = None,
 ) -> Ledger:
@@ -274,7 +274,7 @@ def ledger_of(
 
 
 def _computed(
-    policy: PrivacyPolicy, rules: ReleaseRules, planned: int | None, releases: Sequence[Release]
+    policy: PrivacyPolicy, rules: ReleaseRules, planned: int | None, releases: Sequence[PrivateRelease]
 ) -> float:
     """Return the least noise multiplier with which all that is planned keeps to the target."""
     assert policy.target_epsilon is not None

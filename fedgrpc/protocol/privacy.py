@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from fedgrpc.errors import LayoutError
-from fedgrpc.privacy.ledger import Ledger, Release, ReleaseRules
+from fedgrpc.privacy.ledger import Ledger, PrivateRelease, ReleaseRules
 from fedgrpc.v1 import privacy_pb2
 
 _MECHANISMS = {
@@ -13,7 +13,7 @@ _MECHANISMS = {
 }
 
 
-def release_to_proto(release: Release) -> privacy_pb2.PrivateRelease:
+def release_to_proto(release: PrivateRelease) -> privacy_pb2.PrivateRelease:
     """Return the message of a release."""
     return privacy_pb2.PrivateRelease(
         step=release.step,
@@ -26,11 +26,11 @@ def release_to_proto(release: Release) -> privacy_pb2.PrivateRelease:
     )
 
 
-def release_from_proto(message: privacy_pb2.PrivateRelease) -> Release:
+def release_from_proto(message: privacy_pb2.PrivateRelease) -> PrivateRelease:
     """Return a release. Raises `LayoutError` for a mechanism that is not known."""
     rules = rules_from_proto(message.rules)
     about = message.step, message.round, message.version, message.count, message.updates
-    return Release(*about, rules, message.next_clip_norm)
+    return PrivateRelease(*about, rules, message.next_clip_norm)
 
 
 def rules_to_proto(rules: ReleaseRules) -> privacy_pb2.ReleaseRules:

@@ -34,7 +34,7 @@ Fact = str | float | bool
 Facts = Mapping[str, Fact]
 
 
-class Kind(Enum):
+class FactKind(Enum):
     """Kind of a fact, which says what it may be compared with."""
 
     TEXT = "a text in double quotes"
@@ -46,25 +46,25 @@ class Kind(Enum):
 
 
 # The facts of a device by their names in an expression. `label.NAME` is a text.
-FACTS: Final[Mapping[str, Kind]] = {
-    "name": Kind.TEXT,
-    "device_class": Kind.TEXT,
-    "cpu_model": Kind.TEXT,
-    "cpu_cores": Kind.NUMBER,
-    "memory": Kind.SIZE,
-    "accelerator": Kind.TEXT,
-    "accelerator_name": Kind.TEXT,
-    "accelerator_memory": Kind.SIZE,
-    "uplink": Kind.RATE,
-    "downlink": Kind.RATE,
-    "software_version": Kind.TEXT,
-    "on_mains": Kind.FLAG,
-    "battery": Kind.SHARE,
-    "network": Kind.TEXT,
-    "unmetered": Kind.FLAG,
-    "temperature": Kind.NUMBER,
-    "load": Kind.SHARE,
-    "idle": Kind.FLAG,
+FACTS: Final[Mapping[str, FactKind]] = {
+    "name": FactKind.TEXT,
+    "device_class": FactKind.TEXT,
+    "cpu_model": FactKind.TEXT,
+    "cpu_cores": FactKind.NUMBER,
+    "memory": FactKind.SIZE,
+    "accelerator": FactKind.TEXT,
+    "accelerator_name": FactKind.TEXT,
+    "accelerator_memory": FactKind.SIZE,
+    "uplink": FactKind.RATE,
+    "downlink": FactKind.RATE,
+    "software_version": FactKind.TEXT,
+    "on_mains": FactKind.FLAG,
+    "battery": FactKind.SHARE,
+    "network": FactKind.TEXT,
+    "unmetered": FactKind.FLAG,
+    "temperature": FactKind.NUMBER,
+    "load": FactKind.SHARE,
+    "idle": FactKind.FLAG,
 }
 LABEL: Final = "label."
 # Facts of which a time range is made: minutes of the day, 0 to 1439.
@@ -72,11 +72,11 @@ LOCAL_MINUTE, UTC_MINUTE = "local_minute", "utc_minute"
 
 _BYTES: Final = {"B": 1.0, "kB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12}
 _BINARY: Final = {"KiB": 2.0**10, "MiB": 2.0**20, "GiB": 2.0**30, "TiB": 2.0**40}
-_UNITS: Final[Mapping[Kind, Mapping[str, float]]] = {
-    Kind.NUMBER: {"": 1.0},
-    Kind.SHARE: {"": 1.0, "%": 0.01},
-    Kind.SIZE: {"": 1.0, **_BYTES, **_BINARY},
-    Kind.RATE: {"": 1.0, "bit": 1.0, "kbit": 1e3, "mbit": 1e6, "gbit": 1e9},
+_UNITS: Final[Mapping[FactKind, Mapping[str, float]]] = {
+    FactKind.NUMBER: {"": 1.0},
+    FactKind.SHARE: {"": 1.0, "%": 0.01},
+    FactKind.SIZE: {"": 1.0, **_BYTES, **_BINARY},
+    FactKind.RATE: {"": 1.0, "bit": 1.0, "kbit": 1e3, "mbit": 1e6, "gbit": 1e9},
 }
 _COMPARISONS: Final[Mapping[str, Callable[[Fact, Fact], bool]]] = {
     "==": eq,
@@ -282,12 +282,12 @@ class _Parser:
         if token.kind != "word" or token.text in _KEYWORDS:
             raise _wrong(token, "expected a fact, a range of times, 'not' or '('")
         kind = _kind_of(token)
-        if kind is Kind.FLAG:
+        if kind is FactKind.FLAG:
             return Flag(token.text)
         sign = self._take()
         if sign.kind != "sign" or sign.text not in _COMPARISONS:
             raise _wrong(sign, f"expected a comparison of {token.text}, as in {token.text} == ...")
-        if kind is Kind.TEXT and sign.text not in ("==", "!="):
+        if kind is FactKind.TEXT and sign.text not in ("==", "!="):
             raise _wrong(sign, f"{token.text} is a text, which is only == or !=")
         return Comparison(token.text, sign.text, _value(self._take(), token.text, kind))
 
@@ -306,16 +306,16 @@ def _tokens(text: str) -> list[_Token]:
     return [*found, _Token("end", "", "", end + 1)]
 
 
-def _kind_of(token: _Token) -> Kind:
+def _kind_of(token: _Token) -> FactKind:
     if token.text.startswith(LABEL):
-        return Kind.TEXT
+        return FactKind.TEXT
     if token.text not in FACTS:
         raise _wrong(token, f"no such fact; there are {', '.join(FACTS)} and {LABEL}NAME")
     return FACTS[token.text]
 
 
-def _value(token: _Token, fact: str, kind: Kind) -> str | float:
-    if kind is Kind.TEXT and token.kind == "text":
+def _value(token: _Token, fact: str, kind: FactKind) -> str | float:
+    if kind is FactKind.TEXT and token.kind == "text":
         return token.text[1:-1]
     if kind in _UNITS and token.kind == "number" and token.unit in _UNITS[kind]:
         return float(token.text) * _UNITS[kind][token.unit]

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from enum import Enum, IntEnum
 
 from fedgrpc.codec.layout import Layout
-from fedgrpc.privacy.ledger import Ledger, Release
+from fedgrpc.privacy.ledger import Ledger, PrivateRelease
 from fedgrpc.privacy.one_time_keys import PublicKeys
 from fedgrpc.privacy.secure_round import Ask, Parts, PassOn, SecurePhase, TellRoster
 from fedgrpc.rounds import events as rounds
@@ -140,7 +140,7 @@ class LedgerOpened:
 class ReleaseEntered:
     """A release of the round in progress is in the ledger; its version may be written now."""
 
-    release: Release
+    release: PrivateRelease
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from pathlib import Path
 from types import MappingProxyType
 
 from fedgrpc import claims
-from fedgrpc.privacy.ledger import Release
+from fedgrpc.privacy.ledger import PrivateRelease
 from fedgrpc.protocol.devices import bounded_registration
 from fedgrpc.protocol.privacy import release_from_proto, release_to_proto
 from fedgrpc.protocol.records import (
@@ -30,9 +30,9 @@ from fedgrpc.rounds.history import Histories, WorkerHistory
 from fedgrpc.rounds.version import Jump, Version
 from fedgrpc.runs.events import EndReason, RunPhase
 from fedgrpc.storage.database import Database, Row, database_errors
-from fedgrpc.storage.task_rows import TASK_COLUMNS, StoredRound, StoredRun, TaskRow
+from fedgrpc.storage.task_rows import TASK_COLUMNS, RunRow, StoredRound, TaskRow
+from fedgrpc.v1 import privacy_pb2
 from fedgrpc.v1.aggregator_pb2 import RegisterRequest
-from fedgrpc.v1.privacy_pb2 import PrivateRelease
 from fedgrpc.v1.round_pb2 import ROUND_PHASE_COMMITTED, ModelVersion
 from fedgrpc.v1.round_pb2 import Round as RoundRecord
 
@@ -52,14 +52,14 @@ class RunStore(Database):
         # A round whose tasks are kept is kept itself.
         self._keep_rounds = max(keep_rounds, _KEEP_TASKS_OF_ROUNDS)
 
-    def run(self) -> StoredRun | None:
+    def run(self) -> RunRow | None:
         """The run kept here, None for a fresh folder."""
         row = self._one("SELECT id, name, phase, end_reason, reason, started_at, paused_reason FROM run")
         if row is None:
             return None
         run_id, name, phase, end_reason, *rest = row
         with database_errors(self.path):
-            return StoredRun(run_id, name, RunPhase(phase), EndReason(end_reason), *rest)
+            return RunRow(run_id, name, RunPhase(phase), EndReason(end_reason), *rest)
 
     def settings(self) -> dict[str, str]:
         """Read the settings of the last start; none in a fresh folder."""
@@ -71,7 +71,7 @@ class RunStore(Database):
             self._db.execute("DELETE FROM settings")
             self._db.executemany("INSERT INTO settings VALUES (?, ?)", settings.items())
 
-    def save_run(self, run: StoredRun) -> None:
+    def save_run(self, run: RunRow) -> None:
         """Keep the state of the run."""
         with self._transaction():
             self._db.execute(
@@ -158,7 +158,7 @@ class RunStore(Database):
             self._save_histories(selected)
             self._db.executemany("INSERT OR REPLACE INTO last_steps VALUES (?, ?)", last_steps.items())
 
-    def save_release(self, release: Release) -> None:
+    def save_release(self, release: PrivateRelease) -> None:
         """Enter a release with noise, durably, before its version is written."""
         with self._transaction():
             # Not OR REPLACE: an entry is never taken back.
@@ -167,11 +167,11 @@ class RunStore(Database):
                 (release.step, release_to_proto(release).SerializeToString(deterministic=True)),
             )
 
-    def releases(self) -> list[Release]:
+    def releases(self) -> list[PrivateRelease]:
         """Read all releases with noise, oldest first."""
         rows = self._all("SELECT record FROM releases ORDER BY step")
         with database_errors(self.path):
-            return [release_from_proto(PrivateRelease.FromString(blob)) for (blob,) in rows]
+            return [release_from_proto(privacy_pb2.PrivateRelease.FromString(blob)) for (blob,) in rows]
 
     def last_steps(self) -> dict[str, int]:
         """Read for which release with noise each device was chosen last."""

@@ -23,7 +23,7 @@ _TOKEN: Final = re.compile(r"[A-Za-z0-9_-]{1,64}")
 
 
 @dataclass(frozen=True)
-class StoredRun:
+class RunRow:
     """State of the run, and the reason why it has ended or paused itself; `started_at` is wall time, seconds."""
 
     id: str

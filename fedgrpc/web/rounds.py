@@ -94,7 +94,7 @@ def series_of(rounds: Sequence[RoundSummary]) -> dict[str, Any]:
 
 
 @dataclass(frozen=True)
-class Segment:
+class BarSegment:
     """A part of a bar: its class, its count, where it begins and how wide it is, in percent."""
 
     kind: str
@@ -103,7 +103,7 @@ class Segment:
     width: float
 
 
-def bar_of(record: Round) -> list[Segment]:
+def bar_of(record: Round) -> list[BarSegment]:
     """Return how far the tasks of a round are, as parts of one bar."""
     counts = dict.fromkeys(BAR, 0)
     for task in record.tasks:
@@ -118,14 +118,14 @@ def _kind(task: TaskRecord) -> str:
     return name if name in BAR else "offered"
 
 
-def segments(parts: Iterable[tuple[str, float]]) -> list[Segment]:
+def segments(parts: Iterable[tuple[str, float]]) -> list[BarSegment]:
     """Return parts of one bar that are as wide as their numbers are large."""
     given = list(parts)
     whole = sum(count for _, count in given) or 1
     found, start = [], 0.0
     for kind, count in given:
         width = 100 * count / whole
-        found.append(Segment(kind, int(count), round(start, 3), round(width, 3)))
+        found.append(BarSegment(kind, int(count), round(start, 3), round(width, 3)))
         start += width
     return found
 
@@ -181,7 +181,7 @@ def past_task(record: Round, task: TaskRecord) -> PastTask:
     )
 
 
-def time_bar(task: PastTask, longest_s: float) -> list[Segment]:
+def time_bar(task: PastTask, longest_s: float) -> list[BarSegment]:
     """Return where a task's time went, as parts of a bar that is full for `longest_s`."""
     shown = [(part, value) for part, value in task.seconds.items() if value > 0]
     rest = max(0.0, longest_s - task.whole_s)

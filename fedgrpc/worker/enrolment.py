@@ -199,7 +199,7 @@ async def _renew(aggregator: str, folder: DeviceFolder) -> float:
     return await asyncio.to_thread(_keep, folder, answer.credentials)
 
 
-class Link:
+class WorkerLink:
     """The channel of a worker's clients, which is replaced when the certificate is renewed."""
 
     def __init__(self, settings: WorkerSettings) -> None:
@@ -285,9 +285,9 @@ class Link:
 
 
 @asynccontextmanager
-async def linked(settings: WorkerSettings) -> AsyncIterator[Link]:
+async def linked(settings: WorkerSettings) -> AsyncIterator[WorkerLink]:
     """Yield the link of a worker to its aggregator. Raises `UsageError`."""
-    link = Link(settings)
+    link = WorkerLink(settings)
     try:
         yield link
     finally:

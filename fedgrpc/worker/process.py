@@ -20,7 +20,7 @@ from fedgrpc.trainer import Trainer
 from fedgrpc.worker.client import AggregatorClient
 from fedgrpc.worker.conditions import OwnersConditions
 from fedgrpc.worker.device import detect
-from fedgrpc.worker.enrolment import Link, enrolled, linked
+from fedgrpc.worker.enrolment import WorkerLink, enrolled, linked
 from fedgrpc.worker.held_model import HeldModel
 from fedgrpc.worker.local_work import TaskFiles
 from fedgrpc.worker.loop import Loop
@@ -124,7 +124,7 @@ class Worker:
         await self.server.health.set(WORKER, True)
         log.info("serving", worker=self._settings.name, address=self.server.address)
 
-    async def _run_loop(self, loop: Loop, folder: HeldFolder, link: Link, follower: ReleaseFollower) -> int:
+    async def _run_loop(self, loop: Loop, folder: HeldFolder, link: WorkerLink, follower: ReleaseFollower) -> int:
         self._running = running = asyncio.create_task(loop.run())
         guarding = asyncio.create_task(folder.until_removed())
         renewing = asyncio.create_task(link.keep_fresh())

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from fedgrpc.aggregation.mean import mean_of
-from fedgrpc.aggregation.server_optimizer import FedAvg
+from fedgrpc.aggregation.server_optimizer import PlainStep
 
 Share = tuple[np.ndarray, np.ndarray]
 
@@ -37,7 +37,7 @@ def _train(w: np.ndarray, share: Share, steps: int, rate: float) -> np.ndarray:
 def _round(w: np.ndarray, shares: list[Share], steps: int, rate: float) -> np.ndarray:
     """One round of ours: float32 deltas, mean, server step."""
     updates = [((_train(w, share, steps, rate) - w).astype(np.float32), float(len(share[1]))) for share in shares]
-    new, _ = FedAvg().step(w, mean_of(updates, w.shape), ())
+    new, _ = PlainStep().step(w, mean_of(updates, w.shape), ())
     return new
 
 

@@ -12,9 +12,9 @@ from fedgrpc.aggregation.server_optimizer import (
     OPTIMIZERS,
     FedAdagrad,
     FedAdam,
-    FedAvg,
     FedAvgM,
     FedYogi,
+    PlainStep,
     ServerOptimizer,
     server_optimizer,
 )
@@ -53,7 +53,7 @@ def _fedavgm(deltas: list[float]) -> list[float]:
 
 
 PAPERS: list[tuple[ServerOptimizer, Callable[[list[float]], list[float]]]] = [
-    (FedAvg(), _fedavg),
+    (PlainStep(), _fedavg),
     (FedAvgM(), _fedavgm),
     (FedAdagrad(), lambda d: _fedopt(d, lambda v, sq: v + sq, beta1=0.0)),
     (FedYogi(), lambda d: _fedopt(d, lambda v, sq: v - 0.01 * sq * _sign(v - sq), beta1=0.9)),

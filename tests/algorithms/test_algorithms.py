@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from fedgrpc.aggregation.server_optimizer import FedAvg as Average
+from fedgrpc.aggregation.server_optimizer import PlainStep
 from fedgrpc.algorithms.algorithm import Counted
 from fedgrpc.algorithms.registry import ALGORITHMS, algorithm_of
 from fedgrpc.errors import UsageError
@@ -20,7 +20,7 @@ def flat(weights, suffix=""):
 
 
 def played(text, rounds=ROUNDS, devices=DEVICES, plan=PLAN, taking_part=None):
-    return play(algorithm_of(text), devices, plan, rounds, Average(), taking_part)
+    return play(algorithm_of(text), devices, plan, rounds, PlainStep(), taking_part)
 
 
 def steps_from(device, start, term=lambda w: 0.0, steps=STEPS):

@@ -6,7 +6,7 @@ import json
 import numpy as np
 import pytest
 
-from fedgrpc.aggregation.server_optimizer import FedAvg as Average
+from fedgrpc.aggregation.server_optimizer import PlainStep
 from fedgrpc.aggregator.settings import AggregatorSettings
 from fedgrpc.algorithms.registry import algorithm_of
 from fedgrpc.errors import UsageError
@@ -45,7 +45,7 @@ async def federated(tmp_path, algorithm, **changes):
 )
 async def test_a_federation_computes_what_the_paper_says(tmp_path, algorithm):
     wanted, kept = play(
-        algorithm_of(algorithm), [Quadratic(k) for k in range(3)], plan_of(algorithm), ROUNDS, Average()
+        algorithm_of(algorithm), [Quadratic(k) for k in range(3)], plan_of(algorithm), ROUNDS, PlainStep()
     )
     weights, _ = await federated(tmp_path, algorithm)
     assert weights.keys() == wanted.keys()

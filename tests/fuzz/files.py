@@ -37,7 +37,7 @@ from fedgrpc.simulation.fleet import DescribedFleet
 from fedgrpc.storage.model_file import ModelFile, ModelTensors, write_model
 from fedgrpc.storage.residual_file import read_residual, write_residual
 from fedgrpc.storage.run_store import RunStore
-from fedgrpc.storage.task_rows import StoredRun, TaskRow
+from fedgrpc.storage.task_rows import RunRow, TaskRow
 from fedgrpc.storage.uploads import UploadJournal
 from fedgrpc.submodels.plan import LocalModelPlan
 from fedgrpc.submodels.plan_table import PlanTable
@@ -337,7 +337,7 @@ def _database() -> bytes:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "run.sqlite"
         store = RunStore(path)
-        store.save_run(StoredRun("id", _RUN, RunPhase.RUNNING, EndReason.NONE, "", 0.0))
+        store.save_run(RunRow("id", _RUN, RunPhase.RUNNING, EndReason.NONE, "", 0.0))
         store.save_worker(aggregator_pb2.RegisterRequest(worker="pi-1", role=1, encodings=["int8"]), "a.b")
         record = round_pb2.Round(number=3, phase=2, base_version=2, kind=1)
         record.tasks.add(worker="pi-1", example_count=5, metrics={"loss": 0.5})

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedgrpc.errors import UsageError
-from fedgrpc.runs.eligibility import FACTS, MOST_CHARS, Kind, eligible, parse
+from fedgrpc.runs.eligibility import FACTS, MOST_CHARS, FactKind, eligible, parse
 
 PI = {
     "name": "pi-7",
@@ -91,8 +91,8 @@ def test_an_expression_is_bounded():
         parse("on_mains or " * MOST_CHARS)
 
 
-flags = st.sampled_from([name for name, kind in FACTS.items() if kind is Kind.FLAG])
-numbers = st.sampled_from([name for name, kind in FACTS.items() if kind in (Kind.NUMBER, Kind.SIZE)])
+flags = st.sampled_from([name for name, kind in FACTS.items() if kind is FactKind.FLAG])
+numbers = st.sampled_from([name for name, kind in FACTS.items() if kind in (FactKind.NUMBER, FactKind.SIZE)])
 values = st.integers(0, 9)
 signs = st.sampled_from(["==", "!=", "<", "<=", ">", ">="])
 atoms = flags | st.tuples(numbers, signs, values).map(lambda each: " ".join(map(str, each)))
@@ -107,7 +107,7 @@ expressions = st.recursive(
     max_leaves=8,
 )
 facts = st.fixed_dictionaries(
-    {name: st.booleans() if kind is Kind.FLAG else values.map(float) for name, kind in FACTS.items()}
+    {name: st.booleans() if kind is FactKind.FLAG else values.map(float) for name, kind in FACTS.items()}
 )
 
 

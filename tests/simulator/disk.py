@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field, replace
 
-from fedgrpc.privacy.ledger import Release
+from fedgrpc.privacy.ledger import PrivateRelease
 from fedgrpc.rounds.events import TaskPhase
 from fedgrpc.rounds.round import Round, follow
 from tests.simulator.messages import UpdateId
@@ -62,7 +62,7 @@ class Disk:
     rows: dict[str, Row] = field(default_factory=dict)
     uploads: dict[str, Upload] = field(default_factory=dict)
     versions: list[Version] = field(default_factory=list)
-    releases: list[Release] = field(default_factory=list)
+    releases: list[PrivateRelease] = field(default_factory=list)
 
     @property
     def version(self) -> int:
@@ -111,7 +111,7 @@ class Disk:
         if version is not None:
             self.versions.append(version)
 
-    def enter(self, release: Release) -> None:
+    def enter(self, release: PrivateRelease) -> None:
         """Keep one more entry of the ledger."""
         self.releases.append(release)
 

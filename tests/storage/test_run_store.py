@@ -12,12 +12,12 @@ from fedgrpc.rounds.version import Version
 from fedgrpc.runs.events import EndReason, RunPhase
 from fedgrpc.storage.database import SCHEMA_VERSION
 from fedgrpc.storage.run_store import RunStore
-from fedgrpc.storage.task_rows import StoredRun, TaskRow
+from fedgrpc.storage.task_rows import RunRow, TaskRow
 from fedgrpc.v1.aggregator_pb2 import RegisterRequest
 from fedgrpc.v1.round_pb2 import ROUND_PHASE_COMMITTED, ROUND_PHASE_REPORTING, Round
 
-RUNNING = StoredRun("id", "name", RunPhase.RUNNING, EndReason.NONE, "", 12.5)
-FINISHED = StoredRun("id", "name", RunPhase.FINISHED, EndReason.TARGET_MET, "done", 12.5)
+RUNNING = RunRow("id", "name", RunPhase.RUNNING, EndReason.NONE, "", 12.5)
+FINISHED = RunRow("id", "name", RunPhase.FINISHED, EndReason.TARGET_MET, "done", 12.5)
 
 
 @pytest.fixture

@@ -41,7 +41,7 @@ Combine = Callable[[np.ndarray], np.ndarray]
 
 
 @dataclass(frozen=True)
-class Verdict:
+class RuleOutcome:
     """Outcome of a rule for one round: the factor of each update (`shares`), or how coordinates are combined.
 
     `distances` of each update to the geometric median of all, to show who is odd.
@@ -76,14 +76,14 @@ class Aggregation:
         """Fewest updates of a round."""
         return int(self.rule.least)
 
-    def judge(self, gram: np.ndarray) -> Verdict:
+    def judge(self, gram: np.ndarray) -> RuleOutcome:
         """Return the verdict on updates from the products of all pairs [n, n]."""
         distances = distances_to(gram, GeometricMedian().shares(gram))
         matrix = None if self.mixed is None else mixing(gram, self._attackers(len(gram)))
         if hasattr(self.rule, "combine"):
-            return Verdict(distances, combine=_after(matrix, self.rule.combine))
+            return RuleOutcome(distances, combine=_after(matrix, self.rule.combine))
         shares = self.rule.shares(gram if matrix is None else matrix @ gram @ matrix.T)
-        return Verdict(distances, shares if matrix is None else matrix.T @ shares)
+        return RuleOutcome(distances, shares if matrix is None else matrix.T @ shares)
 
     def _attackers(self, count: int) -> int:
         assert self.mixed is not None

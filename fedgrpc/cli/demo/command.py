@@ -19,7 +19,7 @@ from rich.text import Text
 
 from fedgrpc.claims import printable
 from fedgrpc.cli.as_json import json_text
-from fedgrpc.cli.demo.federation import DemoSettings, Federation, History
+from fedgrpc.cli.demo.federation import DemoSettings, Federation, PastFederation
 from fedgrpc.cli.demo.processes import Processes, Scores, make_fleet, train_pooled
 from fedgrpc.cli.demo.report import (
     DemoReport,
@@ -171,7 +171,7 @@ async def _demo_in(settings: DemoSettings) -> None:
     _print(console, settings, report)
 
 
-async def _federate(settings: DemoSettings, processes: Processes, state: Path, screen: Screen) -> History:
+async def _federate(settings: DemoSettings, processes: Processes, state: Path, screen: Screen) -> PastFederation:
     devices = make_fleet(settings.workers)
     screen.tell(f"starting one aggregator, {len(devices)} workers and an evaluator; logs in {processes.folder}")
     if settings.partition is None:
@@ -186,7 +186,7 @@ async def _pool(settings: DemoSettings, processes: Processes, rounds: int, scree
     return await train_pooled(processes, settings.task_arguments(), rounds, settings.epochs, step)
 
 
-def _write(out: Path, history: History, report: DemoReport) -> None:
+def _write(out: Path, history: PastFederation, report: DemoReport) -> None:
     (out / "model.safetensors").write_bytes(history.model)
     (out / "rounds.json").write_text(json_text(report.as_json()) + "\n")
     plot_rounds(report, out / "rounds.png")

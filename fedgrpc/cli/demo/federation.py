@@ -15,7 +15,7 @@ from typing import Final, NoReturn
 import click
 
 from fedgrpc.calls import Calls, connect
-from fedgrpc.cli.demo.processes import Device, Processes
+from fedgrpc.cli.demo.processes import DemoDevice, Processes
 from fedgrpc.errors import FedgrpcError, UsageError
 from fedgrpc.v1.aggregator_pb2 import Run, RunPhase
 from fedgrpc.v1.round_pb2 import Round, RoundPhase, TaskKind, TaskPhase
@@ -57,7 +57,7 @@ class DemoSettings:
 
 
 @dataclass(frozen=True)
-class History:
+class PastFederation:
     """Results of a federation that has ended."""
 
     run: Run
@@ -145,7 +145,9 @@ class Straggler:
 class Federation:
     """A run from its start to its end: processes, progress, and one device that hangs for a round."""
 
-    def __init__(self, settings: DemoSettings, devices: list[Device], processes: Processes, state: Path) -> None:
+    def __init__(
+        self, settings: DemoSettings, devices: list[DemoDevice], processes: Processes, state: Path
+    ) -> None:
         self._settings = settings
         self._devices = devices
         self._processes = processes
@@ -154,7 +156,7 @@ class Federation:
         self._lost_in_a_row = 0
         self._remarks: list[str] = []
 
-    async def run(self, show: Callable[[Run, Round], None], tell: Callable[[str], None]) -> History:
+    async def run(self, show: Callable[[Run, Round], None], tell: Callable[[str], None]) -> PastFederation:
         """Run to the end. `show` takes each change, `tell` each line that stays.
 
         Raises:
@@ -188,7 +190,7 @@ class Federation:
         straggler: Straggler,
         show: Callable[[Run, Round], None],
         tell: Callable[[str], None],
-    ) -> History:
+    ) -> PastFederation:
         async for news in aggregator.watch(_WATCH_HZ):
             if self._told < news.round.number - 1 or news.round.phase == RoundPhase.ROUND_PHASE_ABANDONED:
                 self._tell_ended(await aggregator.latest_rounds(_RECENT), news.round.number, tell)
@@ -222,7 +224,7 @@ class Federation:
             raise self._processes.failure(*await self._processes.next_end())
         return int(port)
 
-    async def _start_worker(self, device: Device, number: int, address: str) -> None:
+    async def _start_worker(self, device: DemoDevice, number: int, address: str) -> None:
         kind = device.device_class
         arguments = [*self._worker(device.name, address), *self._settings.task_arguments()]
         if self._settings.partition is not None:
@@ -280,11 +282,11 @@ class Federation:
             while self._remarks:
                 tell(self._remarks.pop(0))
 
-    async def _gather(self, aggregator: Calls) -> History:
+    async def _gather(self, aggregator: Calls) -> PastFederation:
         """Read the history before the aggregator exits. The evaluator ends once it has scored the last version."""
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(_LAST_SCORES_S):
                 await self._processes.wait(_EVALUATOR)
         run, rounds = await aggregator.run(), await aggregator.all_rounds()
         newest = max((self._state / _AGGREGATOR / "models").glob("*.safetensors"))
-        return History(run, rounds, newest.read_bytes())
+        return PastFederation(run, rounds, newest.read_bytes())

@@ -44,8 +44,8 @@ class DeviceClass:
 
 
 @dataclass(frozen=True)
-class Device:
-    """One device of the fleet."""
+class DemoDevice:
+    """One simulated device of the demo."""
 
     name: str
     device_class: DeviceClass
@@ -58,7 +58,7 @@ _JETSON_NANO_2GB: Final = DeviceClass("jetson-nano-2gb", 4, 2 * GIB, slowdown=8,
 _FLEET: Final = (_JETSON_NANO_2GB, _RASPBERRY_PI_4, _JETSON_NANO, _RASPBERRY_PI_4, _JETSON_NANO)
 
 
-def make_fleet(count: int) -> list[Device]:
+def make_fleet(count: int) -> list[DemoDevice]:
     """Return `count` devices; five are two Raspberry Pi 4, two Jetson Nano and a Jetson Nano 2GB.
 
     The first is the weakest, and will miss a deadline.
@@ -67,7 +67,7 @@ def make_fleet(count: int) -> list[Device]:
     devices = []
     for device_class in islice(cycle(_FLEET), count):
         numbers[device_class.name] += 1
-        devices.append(Device(f"{device_class.name}-{numbers[device_class.name]}", device_class))
+        devices.append(DemoDevice(f"{device_class.name}-{numbers[device_class.name]}", device_class))
     return devices
 
 
