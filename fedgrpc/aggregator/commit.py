@@ -245,8 +245,8 @@ class ModelCommit:
                 stepped[untouched[piece]] = wide[untouched[piece]]
                 after = tuple(map(partial(_keep_where, untouched[piece]), before, after))
             new[piece] = self._finite(span, at, stepped, spec.numpy_dtype)
-            for part, its in zip(kept, after, strict=True):
-                part.reshape(-1)[piece] = self._finite(span, at, its, np.dtype(np.float32))
+            for part, new_state in zip(kept, after, strict=True):
+                part.reshape(-1)[piece] = self._finite(span, at, new_state, np.dtype(np.float32))
         return new, kept
 
     def _finite(self, span: Span, at: int, values: np.ndarray, dtype: np.dtype) -> np.ndarray:

@@ -109,10 +109,10 @@ class Fold:
         """Add an update's elements from `start` on to the sum; `values` is room for a piece of them."""
         for at in range(0, total.size, PIECE):
             piece = total[at : at + PIECE]
-            its, scratch = values[: piece.size], self._scratch[: piece.size]
-            fill(its, start + at)
+            elements, scratch = values[: piece.size], self._scratch[: piece.size]
+            fill(elements, start + at)
             # float32 times a factor in float64, as `TensorMean` does it: the two have to agree bit for bit.
-            piece += np.multiply(its, factor, out=scratch, dtype=np.float64)
+            piece += np.multiply(elements, factor, out=scratch, dtype=np.float64)
 
     def _sources(self, name: str) -> Iterable[tuple[Fill, float]]:
         """Return the reader of that tensor in each update, and its factor."""

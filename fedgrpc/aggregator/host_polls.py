@@ -145,11 +145,11 @@ class HostPolls:
         for run in serving:
             if token := run.service.calls.token_for(worker):
                 return run, token
-        strange = [run for run in serving if not run.fleet.is_ready(worker)]
-        if not strange:
+        unprepared = [run for run in serving if not run.fleet.is_ready(worker)]
+        if not unprepared:
             return None
         wanted = None if worker.evaluator else self._runs.common.sharing.given().get(worker.name)
-        for run in strange:
+        for run in unprepared:
             if worker.evaluator or run.name == wanted:
                 return run, ""
         return None

@@ -40,8 +40,8 @@ _MAX_WAITING: Final = 100_000
 _LEAST_BYTES_PER_S = 1024
 _PACE_S = 15.0
 # Where others wait, one that needs much longer than this gives its slot up in between: whoever fills all slots
-# with slow streams has them for a turn, not for a round.
-_TURN_S = 30.0
+# with slow streams has them for a while, not for a round.
+_LONG_S = 30.0
 
 
 class UploadQueue:
@@ -198,7 +198,7 @@ class UploadStream:
     def left_s(self, now: float) -> float:
         """Return the seconds it still needs at its pace, once it has had its turn; before that 0."""
         rate = self.bytes_per_second(now)
-        if self._arrival is None or math.isinf(rate) or now - self._begun_at < _TURN_S:
+        if self._arrival is None or math.isinf(rate) or now - self._begun_at < _LONG_S:
             return 0.0
         left_bytes = self._arrival.manifest.size_bytes - self._arrival.size_bytes
         return left_bytes / rate if rate > 0 else math.inf

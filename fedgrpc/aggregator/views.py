@@ -193,12 +193,12 @@ class Pieces:
     """Makes long lists on the event loop: one list at a time, with a rest as long as each piece took."""
 
     def __init__(self) -> None:
-        self._turn = asyncio.Lock()
+        self._making = asyncio.Lock()
 
     async def list_of(self, items: Iterator[T]) -> list[T]:
         """Return all of `items`, each made when it is asked for."""
         made: list[T] = []
-        async with self._turn:
+        async with self._making:
             while True:
                 begun = time.perf_counter()
                 piece = list(islice(items, _PIECE))

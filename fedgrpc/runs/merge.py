@@ -372,8 +372,8 @@ def shared(
     for token in weights:
         tokens.setdefault(workers[token], []).append(token)
     # `fsum` is exact, so that the result does not depend on the order of the updates.
-    sums = {worker: math.fsum(weights[token] for token in its) for worker, its in tokens.items()}
-    sizes = [max(counts[token] for token in its) for its in tokens.values()]
+    sums = {worker: math.fsum(weights[token] for token in own) for worker, own in tokens.items()}
+    sizes = [max(counts[token] for token in own) for own in tokens.values()]
     factors = _factors(list(sums.values()), capped(list(sums.values()), max_share, sizes))
     by_worker = dict(zip(sums, factors, strict=True))
     return {token: weight * by_worker[workers[token]] for token, weight in weights.items()}

@@ -39,8 +39,15 @@ from fedgrpc.worker.task_stream import TaskStream
 from fedgrpc.worker.throttle import Throttle
 from fedgrpc.worker.update_pushes import UpdatePushes
 
-# Id of a run, the model held of it, the number of new examples, keys for its next secure sum.
-HeldOfRun = tuple[str, HeldModel | None, int | None, PublicKeys | None]
+
+@dataclass(frozen=True)
+class HeldOfRun:
+    """Model of one run that a device holds, number of its new examples, and keys for the next secure sum."""
+
+    run_id: str
+    model: HeldModel | None
+    new_examples: int | None
+    keys: PublicKeys | None
 
 
 @dataclass(frozen=True)
@@ -158,8 +165,7 @@ class AggregatorClient:
     ) -> Polled:
         """Wait up to `wait_s` for a task; raises UnknownWorker when the aggregator wants a registration.
 
-        `others` have, of each further run, its id, the model held of it, the number of new examples, and `keys`:
-        those for the next secure sum.
+        `held`, `new_examples` and `keys` are of the aggregator's own run, `others` of each further one.
         """
         request = aggregator_pb2.PollTaskRequest(
             worker=self.caller.worker,
@@ -172,12 +178,12 @@ class AggregatorClient:
             request.held_digest = held.origin_digest
         if keys is not None:
             request.one_time_keys.CopyFrom(keys_to_proto(keys))
-        for run_id, model, new, its_keys in others:
-            told = request.held.add(run_id=run_id, new_examples=new)
-            if its_keys is not None:
-                told.one_time_keys.CopyFrom(keys_to_proto(its_keys))
-            if model is not None:
-                told.held_version, told.held_digest = model.version, model.origin_digest
+        for run in others:
+            told = request.held.add(run_id=run.run_id, new_examples=run.new_examples)
+            if run.keys is not None:
+                told.one_time_keys.CopyFrom(keys_to_proto(run.keys))
+            if run.model is not None:
+                told.held_version, told.held_digest = run.model.version, run.model.origin_digest
         if conditions is not None:
             request.conditions.CopyFrom(conditions)
         assert self._tasks is not None

@@ -62,7 +62,7 @@ class Polling:
             others = []
             for run in () if self._runs is None else self._runs.opened:
                 new = await stack.enter_async_context(run.work.polling(run.registration))
-                others.append((run.run_id, run.files.models.held, new, await self._keys(run)))
+                others.append(HeldOfRun(run.run_id, run.files.models.held, new, await self._keys(run)))
             keys = await self._keys(own) if own.run_id else None
             return await self._poll_unless_paused(own, new_examples, others, keys)
 

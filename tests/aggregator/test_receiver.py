@@ -293,7 +293,7 @@ async def test_a_stream_that_carries_its_share_keeps_its_slot(tmp_path, monkeypa
 
 @pytest.mark.faults
 async def test_streams_that_need_long_take_turns_with_those_who_wait(tmp_path, monkeypatch):
-    for name, seconds in {"_PACE_S": 0.3, "_TURN_S": 0.6, "_LEAST_BYTES_PER_S": 1}.items():
+    for name, seconds in {"_PACE_S": 0.3, "_LONG_S": 0.6, "_LEAST_BYTES_PER_S": 1}.items():
         monkeypatch.setattr(upload_queue, name, seconds)
     async with running_aggregator(tmp_path, max_uploads=1) as running, asyncio.timeout(PATIENCE_S):
         tasks = await tasks_out(running)
