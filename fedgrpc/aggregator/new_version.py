@@ -20,10 +20,9 @@ from fedgrpc.aggregation.server_optimizer import server_optimizer
 from fedgrpc.aggregator.commit import ModelCommit, Noise
 from fedgrpc.aggregator.local_models import LocalModels
 from fedgrpc.aggregator.model_store import ModelStore
-from fedgrpc.aggregator.private_releases import complaint
+from fedgrpc.aggregator.protected_layouts import complaint
 from fedgrpc.aggregator.robust_merge import judged
 from fedgrpc.aggregator.secure_sums import BOUNDS, bounds_text, unmasked_sum
-from fedgrpc.aggregator.secure_sums import complaint as secure_complaint
 from fedgrpc.aggregator.settings import AggregatorSettings
 from fedgrpc.aggregator.update_checks import norm_of
 from fedgrpc.algorithms.registry import algorithm_of
@@ -221,10 +220,9 @@ class NewVersion:
         with blaming(token):
             digest = await asyncio.to_thread(_write_values, self._models.path(number), update, about)
         model = self._models.open(number)
-        if self._settings.privacy.on and (unbounded := complaint(model.layout)):
-            raise UpdateRefused(unbounded)
-        if self._settings.secure.on and (seen := secure_complaint(model.layout)):
-            raise UpdateRefused(seen)
+        private, secure = self._settings.privacy.on, self._settings.secure.on
+        if unfit := complaint(model.layout, private=private, secure=secure):
+            raise UpdateRefused(unfit)
         norm, first = await asyncio.to_thread(model.norm), await asyncio.to_thread(model.content_digest)
         return Version(number, round_.number, digest, 0, norm, first_model=first)
 

@@ -15,9 +15,9 @@ import numpy as np
 import structlog
 
 from fedgrpc.aggregator.commit import Noise
+from fedgrpc.aggregator.protected_layouts import complaint
 from fedgrpc.aggregator.run_shell import RunShell
 from fedgrpc.aggregator.settings import AggregatorSettings
-from fedgrpc.codec.layout import Layout, TensorRole
 from fedgrpc.errors import StorageError, UpdateRefused, UsageError
 from fedgrpc.privacy.ledger import ledger_of
 from fedgrpc.privacy.streams import KEY_BYTES, derived_key
@@ -94,7 +94,7 @@ class PrivateReleases:
         shell, ledger = self._shell, self._shell.machine.ledger
         if ledger is None or round_.kind is not TaskKind.TRAIN:
             return None
-        if unbounded := complaint(shell.machine.layout):
+        if unbounded := complaint(shell.machine.layout, private=True, secure=False):
             raise UpdateRefused(unbounded)
         norm = ledger.rules_of(round_.number).clip_norm
         if round_.secure is not None and not 0 < (round_.secure.vector.norm or 0.0) <= norm:
@@ -143,14 +143,3 @@ def noise_key(path: Path, needed: bool) -> bytes:
     if len(key) != KEY_BYTES:
         raise StorageError(f"{path} is damaged: a noise key has {KEY_BYTES} bytes, not {len(key)}")
     return key
-
-
-def complaint(layout: Layout) -> str:
-    """Say which tensor of a model would travel without a bound on its norm; "": none would."""
-    for spec in layout:
-        if not spec.is_trained and spec.role is not TensorRole.CONSTANT:
-            return (
-                f"tensor {spec.name!r} is a {spec.role}, which would be released without noise: privacy needs a "
-                "model without such tensors, as with GroupNorm in place of BatchNorm"
-            )
-    return ""

@@ -14,7 +14,7 @@ from itertools import chain
 import numpy as np
 import structlog
 
-from fedgrpc.aggregator import private_releases, secure_sums
+from fedgrpc.aggregator import protected_layouts
 from fedgrpc.aggregator.assignment import TaskAssigner
 from fedgrpc.aggregator.changed_settings import ALGORITHM, OPTIMIZER, changes, compared_text
 from fedgrpc.aggregator.coordinator import Coordinator
@@ -180,10 +180,9 @@ class Recovery:
             self._coordinator.apply(VersionTaken(version, layout))
         if self._settings.initial_model is not None:
             await self._import(ModelFile.open(self._settings.initial_model))
-        if self._settings.privacy.on and (unbounded := private_releases.complaint(self._run.layout)):
-            raise UsageError(unbounded)
-        if self._settings.secure.on and (seen := secure_sums.complaint(self._run.layout)):
-            raise UsageError(seen)
+        private, secure = self._settings.privacy.on, self._settings.secure.on
+        if unfit := protected_layouts.complaint(self._run.layout, private=private, secure=secure):
+            raise UsageError(unfit)
 
     async def _recall_costs(self) -> None:
         """Read what plans are predicted from in the records of past rounds: it stands nowhere else."""

@@ -22,7 +22,7 @@ from fedgrpc.aggregator.model_store import ModelStore
 from fedgrpc.aggregator.run_shell import RunShell
 from fedgrpc.aggregator.settings import AggregatorSettings
 from fedgrpc.aggregator.update_checks import MaskedWords
-from fedgrpc.codec.layout import Array, Layout, TensorRole
+from fedgrpc.codec.layout import Array, Layout
 from fedgrpc.errors import CodecError, CorruptError, LayoutError, RoundClosed, UpdateRefused
 from fedgrpc.privacy.bounded_rounding import grid_bound
 from fedgrpc.privacy.masks import packed_bytes, unpack_words
@@ -242,19 +242,6 @@ def known_bounds(text: str, shapes: Mapping[str, tuple[int, ...]], clip_norm: fl
 def bounds_text(means: Mapping[str, Array], clip_norm: float) -> str:
     """Return the bounds of the next sum as a model's metadata has them."""
     return json.dumps(bounds_after(means, clip_norm), sort_keys=True)
-
-
-def complaint(layout: Layout) -> str:
-    """Say which tensor of a model no secure sum can add; "": none."""
-    if layout and not any(spec.is_trained for spec in layout):
-        return "secure_aggregation needs a model with trained tensors"
-    for spec in layout:
-        if not spec.is_trained and spec.role is not TensorRole.CONSTANT:
-            return (
-                f"tensor {spec.name!r} is a {spec.role}, which no secure sum can add: secure_aggregation needs "
-                "a model without such tensors, as with GroupNorm in place of BatchNorm"
-            )
-    return ""
 
 
 def unmasked_sum(sum_: SecureSum, updates: Collection[str], load: Load) -> Array:

@@ -14,10 +14,10 @@ from typing import Any
 import click
 
 from fedgrpc.claims import printable
+from fedgrpc.cli.learning_task import option_setting
 from fedgrpc.cli.model_versions import VersionSource, fetched
 from fedgrpc.cli.models import argument, model_command, named
 from fedgrpc.cli.options import Declare
-from fedgrpc.cli.values import NamedValues
 from fedgrpc.errors import ExtraMissing, UsageError
 from fedgrpc.runs.keeping import Reference
 from fedgrpc.storage.stored_run import metadata
@@ -66,14 +66,6 @@ MODEL_EXPORT = model_command(
         type=click.Path(path_type=Path, exists=True),
         default=None,
     ),
-    _task(
-        "--option",
-        "Option of the task; repeat for each.",
-        name="options",
-        type=NamedValues(),
-        multiple=True,
-        default=(),
-        metavar="NAME=VALUE",
-    ),
+    option_setting(_task),
     arguments=[argument("version")],
 )
