@@ -165,7 +165,7 @@ class TaskAssigner:
     def _agree(self, round_: RoundInProgress, context: TaskContext, name: str) -> TaskContext:
         """Settle in which recipes a worker pulls and pushes, for as long as it has this task."""
         agreed = self._negotiation.agreed(self._fleet.get(name), self._workers.history(name))
-        masked = self._settings.secure.on and round_.kind is TaskKind.TRAIN
+        masked = self._settings.sums_here and round_.kind is TaskKind.TRAIN
         if round_.kind is TaskKind.INITIALIZE or masked:
             agreed = replace(agreed, upload=RAW)
         down, up = str(agreed.downlink.whole), str(agreed.upload)

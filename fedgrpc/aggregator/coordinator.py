@@ -121,7 +121,7 @@ class Coordinator(RunShell):
         self.records = RecordedRounds(store, self.in_database, self.workers, self.tracking)
         self.scores = VersionScores(self, self.records, settings, metrics)
         self.releases = PrivateReleases(self, settings)
-        self.secure_sums = SecureSums(self, settings, models)
+        self.secure_sums = SecureSums(self, settings, models, self.terms)
         self.data_folder = DataFolder(self._log, self.changes.notify)
         self.stopping = False
         # The fleet as this run may use it: all of it, unless other runs share it.
@@ -177,6 +177,7 @@ class Coordinator(RunShell):
             settings.max_model_bytes,
             self.weighing,
             self.secure_sums.expected_words(round_, worker),
+            settings.sums_at_leaves,
         )
 
     # Tasks and workers.
@@ -318,5 +319,5 @@ def _rules(settings: AggregatorSettings, initialises: Callable[[str], bool]) -> 
         measures=() if target is None else (Measure(target.name, target.at_least),),
         evaluators_named=settings.evaluators_named,
         initialises=initialises,
-        secure=settings.secure.on,
+        secure=settings.sums_here,
     )

@@ -112,7 +112,7 @@ class HostPolls:
 
         They would refuse the whole sum: a device with a wrong clock, or an old certificate, harms itself alone.
         """
-        if not told.HasField("one_time_keys") or not run.settings.secure.on:
+        if not told.HasField("one_time_keys") or not run.settings.sums_here:
             return None
         keys, known = keys_from_proto(told.one_time_keys), run.coordinator.machine.keys.get(worker)
         if known == keys and known.signature == keys.signature:

@@ -81,16 +81,20 @@ class AcceptedUpdates:
                 norms = await asyncio.to_thread(self._norms, tokens, sub_models, layout)
         merge = weighing.merge(round_, tokens, sub_models, norms)
         if round_.secure is not None:
-            return replace(merge, means=await asyncio.to_thread(self._means, round_.secure, tokens, weighing))
+            means, summed = await asyncio.to_thread(self._sum, round_.secure, tokens, weighing)
+            return replace(merge, means=means, summed=summed)
         if round_.kind is not TaskKind.TRAIN or self._aggregation is None:
             return merge
         return await asyncio.to_thread(judged, self._aggregation, merge, self.load, layout)
 
-    def _means(self, sum_: SecureSum, tokens: Sequence[str], weighing: Weighing) -> dict[str, np.ndarray]:
+    def _sum(
+        self, sum_: SecureSum, tokens: Sequence[str], weighing: Weighing
+    ) -> tuple[dict[str, np.ndarray], float]:
+        """Return the means of a secure sum, and the examples that they weigh."""
         total, vector = unmasked_sum(sum_, tokens, self.load), sum_.vector
         if vector.norm is None:
-            return vector.means(total)
-        return vector.shares(total, len(tokens), weighing.cohort or len(tokens))
+            return vector.means(total), vector.examples(total)
+        return vector.shares(total, len(tokens), weighing.cohort or len(tokens)), vector.examples(total)
 
     def _sub_models(self, round_: RoundInProgress, tokens: Iterable[str]) -> dict[str, KeptChannels | None]:
         """Return the channels of partial updates, by token. Raises as `LocalModels.kept_channels`."""

@@ -89,7 +89,6 @@ class Recovery:
         coordinator.apply(RoundsRestored(await coordinator.records.restore()))
         await coordinator.releases.open()
         await self._recover_model()
-        await self._take_settings(changed)
         await self._recall_costs()
         open_round = await coordinator.in_database(store.open_round)
         if open_round is not None and open_round.record.kind == TASK_KIND_INITIALIZE and run.began:
@@ -97,12 +96,14 @@ class Recovery:
             open_round = None
         if open_round is not None and (
             reason := await coordinator.secure_sums.lost(
-                open_round.record.number, TaskKind(open_round.record.kind)
+                open_round.record.number, TaskKind(open_round.record.kind), changed
             )
         ):
             await self._close(open_round.record, reason)
             coordinator.apply(RoundsRestored(max(run.last_number, open_round.record.number)))
             open_round = None
+        # Only now: a process that dies before has to find again what has changed.
+        await self._take_settings(changed)
         if open_round is not None:
             await self._rounds.reopen(open_round)
         if stored is not None and self._goes_on(changed):

@@ -36,13 +36,15 @@ class Roles:
     """Names (with * and ?) of those who may be evaluators, aggregators, or give the first model; empty: anyone.
 
     Scores of evaluators that the operator did not name are shown, but end no run and make no version the best.
-    `no_leaves`: why nobody may be an aggregator in this run; empty: there is no reason.
+    `no_leaves`: why nobody may be an aggregator in this run; empty: there is no reason. `no_trainers`: why nobody
+    may be a trainer.
     """
 
     evaluators: tuple[str, ...] = ()
     leaves: tuple[str, ...] = ()
     initialisers: tuple[str, ...] = ()
     no_leaves: str = ""
+    no_trainers: str = ""
 
     def __post_init__(self) -> None:
         """Raises `UsageError` for a pattern that no worker's name can match, and for leaves that cannot be."""
@@ -66,6 +68,10 @@ class Roles:
             raise WrongIdentity(f"worker {name[:80]!r} is no aggregator here: --leaf names those who are")
         if role == WORKER_ROLE_AGGREGATOR and self.no_leaves:
             raise WrongIdentity(f"worker {name[:80]!r} cannot be an aggregator in this run: {self.no_leaves}")
+        if role in _CLAIMS[Role.TRAINER] and self.no_trainers:
+            raise WrongIdentity(
+                f"worker {name[:80]!r} cannot train for this aggregator: {self.no_trainers}; connect it to a leaf"
+            )
 
     def initialises(self, worker: str) -> bool:
         """Return whether this worker may give the first model."""

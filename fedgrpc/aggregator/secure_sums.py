@@ -21,6 +21,7 @@ from fedgrpc.aggregator.fold import Load
 from fedgrpc.aggregator.model_store import ModelStore
 from fedgrpc.aggregator.run_shell import RunShell
 from fedgrpc.aggregator.settings import AggregatorSettings
+from fedgrpc.aggregator.task_terms import TaskTerms
 from fedgrpc.aggregator.update_checks import MaskedWords
 from fedgrpc.codec.layout import Array, Layout
 from fedgrpc.errors import CodecError, CorruptError, LayoutError, RoundClosed, UpdateRefused
@@ -60,9 +61,12 @@ _PHASES: Final = {
 class SecureSums:
     """The secure sums of one run. Without `--secure-aggregation` there are none."""
 
-    def __init__(self, shell: RunShell, settings: AggregatorSettings, models: ModelStore) -> None:
+    def __init__(
+        self, shell: RunShell, settings: AggregatorSettings, models: ModelStore, terms: TaskTerms
+    ) -> None:
         self._shell = shell
         self._settings = settings
+        self._terms = terms
         self._models = models
         self._log = log.bind(run=settings.run_name)
         # What devices may be told: a sum is stored first.
@@ -71,7 +75,7 @@ class SecureSums:
     async def open(self, round_: RoundInProgress, selected: Selected) -> SecureSum | None:
         """Return the sum for the updates of these new tasks; None for a round that has none."""
         settings, machine = self._settings, self._shell.machine
-        if not settings.secure.on or round_.kind is not TaskKind.TRAIN:
+        if not settings.sums_here or round_.kind is not TaskKind.TRAIN:
             return None
         told = {worker: machine.keys[worker] for _, worker in selected.tasks if worker in machine.keys}
         keys = await asyncio.to_thread(acceptable, told)
@@ -89,7 +93,9 @@ class SecureSums:
         )
 
     def _vector(self, version: int, layout: Layout, count: int) -> SecureVector:
-        secure, clip_norm = self._settings.secure, self._settings.clip_norm
+        # Those of the parent, where there is one.
+        instructions = self._terms.instructions
+        secure, clip_norm = self._settings.secure, instructions.clip_norm
         assert secure.secure_bits is not None
         assert clip_norm is not None
         shapes = {spec.name: spec.shape for spec in layout if spec.is_trained}
@@ -99,7 +105,7 @@ class SecureSums:
             bound = grid_bound(clip_norm, sum(map(prod, shapes.values())), bits)
             return SecureVector(shapes, dict.fromkeys(shapes, bound), bits, 0, count, norm=clip_norm)
         bounds = known_bounds(self._models.open(version).about(BOUNDS), shapes, clip_norm)
-        most = self._settings.max_examples or 1
+        most = instructions.max_examples or 1
         return SecureVector(shapes, bounds, bits, secure.secure_weight_bits, count, most)
 
     async def store(self, round_: RoundInProgress | None = None) -> None:
@@ -118,17 +124,20 @@ class SecureSums:
         for name in sum_.state.arrived:
             shell.fleet.wake(name)
 
-    async def lost(self, number: int, kind: TaskKind) -> str:
+    async def lost(self, number: int, kind: TaskKind, changed: Collection[str] = ()) -> str:
         """Return why an open round cannot continue: "" if it has a secure sum where the settings want one now.
 
-        Else plain updates would be taken for masked ones, or the other way round. Raises `StorageError`.
+        Else plain updates would be taken for masked ones, or the other way round. `changed` are the names of
+        settings that are others than at the last start. Raises `StorageError`.
         """
-        wanted = self._settings.secure.on and kind is TaskKind.TRAIN
+        wanted = self._settings.sums_here and kind is TaskKind.TRAIN
         try:
             found = await asyncio.to_thread(stored_sum.recovered, self._settings.data_dir, number, (), 0.0)
         except CorruptError as error:
             return f"the secure sum of this round is lost: {error}" if kind is TaskKind.TRAIN else ""
-        if wanted == (found is not None):
+        # Sums at leaves have been begun as the settings were.
+        elsewhere = bool(self._settings.leaves) and any(name.startswith("secure.") for name in changed)
+        if wanted == (found is not None) and not (elsewhere and kind is TaskKind.TRAIN):
             return ""
         return "secure_aggregation has changed, and updates of this round are of the other form"
 

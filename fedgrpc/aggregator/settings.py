@@ -161,13 +161,23 @@ class AggregatorSettings:
                 aggregation_of(self.aggregation) is not None or self.clip_quantile is not None
             ),
             "privacy bounds what one device adds": self.privacy.on,
-            "secure_aggregation sums up masked updates of devices": self.secure.on,
+            "secure_aggregation without leaf sums up masked updates of devices": self.sums_here,
             f"{self.plan.algorithm} counts devices, or takes the update of each": not goes_through_leaves(
                 self.plan
             ),
         }
         found = next((reason for reason, holds in reasons.items() if holds), "")
         return found and f"{found}, and a leaf sends one mean of many"
+
+    @property
+    def sums_here(self) -> bool:
+        """True if updates of training come here masked, and this aggregator learns their sum alone."""
+        return self.secure.on and not self.leaves
+
+    @property
+    def sums_at_leaves(self) -> bool:
+        """True if updates of training are sums that leaves have of masked updates."""
+        return self.secure.on and bool(self.leaves)
 
     def _check_clipping(self) -> None:
         """Shares and norms are bounded where every update is of the whole model and of a length of its own."""
@@ -284,10 +294,13 @@ class AggregatorSettings:
         refused = {
             "needs clip_norm, from which the first bounds of values follow": self.clip_norm is None,
             f"needs quorum = {LEAST_DEVICES} or more: of two updates, the sum tells each device the other's": (
-                quorum < LEAST_DEVICES
+                self.sums_here and quorum < LEAST_DEVICES
             ),
             "needs a larger quorum: one that the threshold for secure_colluding leaves able to answer": (
-                threshold_of(degree, self.secure.secure_colluding) > degree
+                self.sums_here and threshold_of(degree, self.secure.secure_colluding) > degree
+            ),
+            "with leaf goes without no metrics: a leaf tells its devices nothing of it": (
+                self.sums_at_leaves and not privacy.metrics
             ),
             "goes without late = 'carry': masks cancel within one round": policy.late == "carry",
             "with privacy goes without secure_weight_bits: all updates weigh the same": (
@@ -376,7 +389,8 @@ class AggregatorSettings:
     @cached_property
     def roles(self) -> Roles:
         """Workers that may be evaluators or aggregators, or give the first model."""
-        return Roles(self.evaluators, self.leaves, self.initialisers, self._no_leaves())
+        no_trainers = "updates are summed at leaves, under masks" if self.sums_at_leaves else ""
+        return Roles(self.evaluators, self.leaves, self.initialisers, self._no_leaves(), no_trainers)
 
     @property
     def admission(self) -> AdmissionPolicy:

@@ -19,7 +19,7 @@ from fedgrpc.aggregator.negotiation import Negotiation, link_of
 from fedgrpc.aggregator.registry import WorkerRegistry
 from fedgrpc.aggregator.settings import AggregatorSettings
 from fedgrpc.protocol.plans import training_plan_from_proto
-from fedgrpc.protocol.secure import secure_task_to_proto
+from fedgrpc.protocol.secure import secure_groups_to_proto, secure_task_to_proto
 from fedgrpc.protocol.tasks import Task, task_to_proto
 from fedgrpc.rounds.fields import with_fields
 from fedgrpc.rounds.policy import TaskKind
@@ -100,7 +100,9 @@ class TaskTerms:
         self.instructions = TrainingInstructions.from_settings(settings)
         self._run_name = settings.run_name
         self._privacy = settings.privacy
-        self._secure_clip_norm = settings.clip_norm if settings.secure.on else None
+        self._masked = settings.sums_here
+        # What leaves are told of their workers' updates.
+        self._groups = settings.secure if settings.sums_at_leaves else None
         self._run = run
         self._fleet = fleet
         self._workers = workers
@@ -144,7 +146,7 @@ class TaskTerms:
             evaluate=instructions.evaluate,
             local_model=context.local.plan,
             sub_model=context.local.sub_model,
-            clip_norm=self._run.clip_norm or self._secure_clip_norm,
+            clip_norm=self._run.clip_norm or (instructions.clip_norm if self._masked else None),
             metrics=self._privacy.metrics,
         )
         if evaluation is None:
@@ -163,6 +165,8 @@ class TaskTerms:
         if self._fleet.get(worker).leads:
             models = self._local_models
             message.leaf.CopyFrom(instructions.for_leaf(models.to_proto(), models.channels))
+            if self._groups is not None:
+                message.leaf.secure.CopyFrom(secure_groups_to_proto(self._groups))
         return message
 
     def _plan(self, worker: str) -> TrainingPlan:

@@ -28,6 +28,7 @@ from fedgrpc.codec.payload import EARLY_CUT_BYTES
 from fedgrpc.codec.raw import Raw
 from fedgrpc.errors import UpdateRefused
 from fedgrpc.privacy.masks import packed_bytes
+from fedgrpc.privacy.secure_policy import LEAST_DEVICES
 from fedgrpc.protocol.secure import MASKED
 from fedgrpc.protocol.tensors import layout_to_proto, manifest_from_proto
 from fedgrpc.protocol.updates import report_from_proto
@@ -80,7 +81,7 @@ class ExpectedUpdate:
 
     `layout` is that of the model. `local` and `kept` say what the worker was given; `kept` None: all channels.
     `leads`: the worker is an aggregator, which may send a mean. `masked`: its words, where it goes into a
-    secure sum; None: it travels as it is.
+    secure sum; None: it travels as it is. `summed`: it is the sum that an aggregator has of masked updates.
     """
 
     kind: TaskKind
@@ -93,6 +94,7 @@ class ExpectedUpdate:
     max_model_bytes: int
     weighing: Weighing
     masked: MaskedWords | None = None
+    summed: bool = False
 
     def takes_plain(self, header: UpdateHeader) -> bool:
         """Return whether it is one device's update of the whole model, which its own bytes suffice to check."""
@@ -117,6 +119,9 @@ def examine(header: UpdateHeader, expected: ExpectedUpdate) -> tuple[Manifest, R
     elif expected.kind is TaskKind.INITIALIZE:
         header.example_count = header.example_count or 1
         _check_initial(manifest, expected.max_model_bytes)
+    elif expected.summed and header.merged_updates < LEAST_DEVICES:
+        told = f"this one is of {header.merged_updates}"
+        raise UpdateRefused(f"an update of this run is a secure sum of {LEAST_DEVICES} devices or more, {told}")
     elif expected.masked is not None:
         _check_masked(header, manifest, expected.masked.size_bytes)
     elif header.merged_updates:

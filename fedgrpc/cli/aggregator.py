@@ -127,8 +127,6 @@ def _run_leaf(
 ) -> int:
     if settings.privacy.on:
         raise UsageError("--privacy is for the parent: a leaf releases no versions")
-    if settings.secure.on:
-        raise UsageError("--secure-aggregation goes without --upstream: a leaf sees its workers' updates")
     if values["web_address"] is not None:
         raise UsageError("--web-address is for the parent: the page of a leaf would show a part of each round")
     metrics = ProcessMetrics()

@@ -292,8 +292,8 @@ SETTINGS: list[Setting] = [
     ),
     _secure(
         "--secure-aggregation",
-        "See only the sum of a round's updates: devices mask them, with values of this many bits, as in 8 "
-        "(docs/secure_aggregation.md).",
+        "See only the sum of a round's updates: devices mask them, with values of this many bits, as in 8; with "
+        "--leaf each leaf has the sum of its own workers (docs/secure_aggregation.md).",
         name="secure_bits",
         metavar="BITS",
     ),

@@ -52,6 +52,8 @@ class LeafRun:
         self, settings: AggregatorSettings, run_id: str, metrics: ProcessMetrics, identity_dir: Path
     ) -> None:
         self.run_id = run_id
+        # After a round has closed, its devices answer for their masks. One that dies takes a lease.
+        self.answers_s = settings.policy.lease_s if settings.sums_here else 0.0
         self.handoff = TaskHandoff()
         rounds = partial(ParentRounds, handoff=self.handoff, run_id=run_id)
         self.aggregator = Aggregator(settings, metrics, rounds, identity_dir)

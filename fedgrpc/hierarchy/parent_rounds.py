@@ -2,6 +2,7 @@
 
     task.pb         the task of the present round, or of the last one
     mean.*          the mean of that round (fedgrpc.hierarchy.partial_aggregate)
+    secure_bounds   bounds of the next secure sum, from the last one's mean
 
 The rule: an interrupted round continues. It outlives this process and the link to the parent, and ends early only
 when the parent no longer wants it.
@@ -10,6 +11,7 @@ when the parent no longer wants it.
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from collections.abc import Mapping
 from dataclasses import replace
@@ -22,12 +24,14 @@ from fedgrpc.aggregator.coordinator import Coordinator
 from fedgrpc.aggregator.driver import Upkeep
 from fedgrpc.aggregator.new_version import AcceptedUpdates
 from fedgrpc.aggregator.recovery import Recovery
+from fedgrpc.aggregator.secure_sums import BOUNDS, bounds_text
 from fedgrpc.aggregator.task_terms import TrainingInstructions
 from fedgrpc.codec.layout import Array, Layout
 from fedgrpc.errors import CodecError, NotFinite, StorageError
 from fedgrpc.hierarchy.handoff import ParentTask, TaskHandoff, VersionToScore
 from fedgrpc.hierarchy.partial_aggregate import AggregateFile, Tensors, mean_tensors, own_tensors
 from fedgrpc.protocol.plans import plan_table_from_proto
+from fedgrpc.protocol.secure import groups_complaint
 from fedgrpc.protocol.tensors import channels_from_proto
 from fedgrpc.protocol.updates import report_to_proto
 from fedgrpc.rounds.events import Abort
@@ -64,6 +68,7 @@ class ParentRounds:
         self._run_id = run_id
         self._mean = AggregateFile(folder)
         self._task_path = folder / "task.pb"
+        self._bounds_path = folder / "secure_bounds"
         self._task = aggregator_pb2.Task()
         self._handoff = handoff
         handoff.receiver = self
@@ -116,7 +121,7 @@ class ParentRounds:
             self._abandon(reason)
 
     def _abandon(self, reason: str) -> None:
-        if self._run.round is not None and self._run.round.open:
+        if self._run.round is not None and self._run.round.may_end:
             self._coordinator.apply(Abort(reason))
 
     # What the driver asks for (`RoundSource`).
@@ -133,6 +138,9 @@ class ParentRounds:
         if (mean := await asyncio.to_thread(self._mean.load, parent_task.token)) is not None:
             self._handoff.done(parent_task.token, mean)
             return None
+        if wrong := self._complaint(parent_task.task):
+            self._handoff.failed(parent_task.token, wrong)
+            return None
         try:
             await self._upkeep.until_stored(partial(self._accept, parent_task))
         except CodecError as error:
@@ -144,6 +152,11 @@ class ParentRounds:
         state = Round(parent_task.task.round, policy, self._coordinator.clock())
         kind, version = TaskKind(parent_task.task.kind), self._run.version
         return RoundInProgress(state, kind, version, time.time(), due_at=parent_task.due_at)
+
+    def _complaint(self, task: aggregator_pb2.Task) -> str:
+        """Say why this leaf cannot train as the parent's operator promises it to devices; "": it can."""
+        trains = TaskKind(task.kind) is TaskKind.TRAIN
+        return groups_complaint(task.leaf, self._settings.secure) if trains else ""
 
     def _count_workers(self) -> None:
         enough = self._coordinator.workers_available().live_count >= self._settings.policy.needed_idle
@@ -192,7 +205,9 @@ class ParentRounds:
         self, number: int, written_in: int, layout: Layout, given: Mapping[str, Array]
     ) -> None:
         path = self._coordinator.models.path(number)
-        digest = await asyncio.to_thread(write_model, path, layout, given.values())
+        bounds = await asyncio.to_thread(self._read_bounds)
+        about = {BOUNDS: bounds} if bounds else {}
+        digest = await asyncio.to_thread(write_model, path, layout, given.values(), about)
         version = Version(number, written_in, digest, trained=number - 1)
         await self._coordinator.in_database(self._coordinator.store.save_version, version)
         self._coordinator.apply(VersionTaken(version, layout))
@@ -202,6 +217,16 @@ class ParentRounds:
     def _write_task(self, task: aggregator_pb2.Task) -> None:
         with storage_errors(self._task_path):
             write_file(self._task_path, task.SerializeToString())
+
+    def _read_bounds(self) -> str:
+        with storage_errors(self._bounds_path):
+            return self._bounds_path.read_text() if self._bounds_path.exists() else ""
+
+    def _write_bounds(self, means: Mapping[str, Array]) -> None:
+        clip_norm = self._coordinator.terms.instructions.clip_norm
+        assert clip_norm is not None
+        with storage_errors(self._bounds_path):
+            write_file(self._bounds_path, bounds_text(means, clip_norm).encode())
 
     def _policy(self, parent_task: ParentTask) -> RoundPolicy:
         """Return this aggregator's own policy, within the time that the parent leaves."""
@@ -225,6 +250,8 @@ class ParentRounds:
             tensors = own_tensors(tokens[0], load(tokens[0]))
         elif round_.kind is TaskKind.TRAIN:
             tensors = mean_tensors(self._coordinator.models.open(round_.base_version), merge, load)
+        if merge.means is not None:
+            await asyncio.to_thread(self._write_bounds, merge.means)
         try:
             await asyncio.to_thread(self._mean.write, header, tensors)
         except NotFinite as error:
@@ -247,9 +274,12 @@ class ParentRounds:
             mean = replace(
                 mean,
                 merged_updates=claims.MERGED_UPDATES.total(report.merged_updates or 1 for report in reports),
-                weight=claims.WEIGHT.clamped(sum(merge.weights.values())),
+                weight=claims.WEIGHT.clamped(merge.weight),
                 accumulated_steps=claims.ACCUMULATED_STEPS.clamped(merge.accumulated_steps),
             )
+        if merge.summed is not None:
+            # Each of its devices says one example: what it weighs is in the sum.
+            mean = replace(mean, example_count=claims.EXAMPLES.clamped(math.ceil(merge.summed)))
         return report_to_proto(mean, self._task.token)
 
     async def ended(self, round_: RoundInProgress) -> None:

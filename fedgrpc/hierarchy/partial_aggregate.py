@@ -10,7 +10,7 @@ leaves nothing to repair. It is computed one group of tensors at a time. Its enc
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -113,7 +113,10 @@ def mean_tensors(
 
     Raises `NotFinite`, `StorageError`, and `UnusableUpdate` when an update is not what was accepted.
     """
-    total, layout, load = sum(merge.weights.values()), base.layout, cached(load)
+    if merge.means is not None:
+        yield from _summed(base.layout, merge.means)
+        return
+    total, layout, load = merge.weight, base.layout, cached(load)
     with Fold(tuple(merge.weights.items()) if merge.alike else (), load, merge.scales) as fold:
 
         def pack(group: Group) -> dict[str, Array]:
@@ -132,6 +135,16 @@ def mean_tensors(
         for packed in by_groups(layout, pack):
             for name, array in packed.items():
                 yield spec_of(name, array, known.get(name)), array
+
+
+def _summed(layout: Layout, means: Mapping[str, Array]) -> Tensors:
+    """Yield the means that a secure sum gave, in the model's dtypes."""
+    for spec in layout:
+        if spec.name in means:
+            with np.errstate(over="ignore"):
+                mean = means[spec.name].astype(spec.numpy_dtype)
+            check_finite(spec, mean)
+            yield spec, mean
 
 
 def _folded(spec: TensorSpec, fold: Fold) -> Array:

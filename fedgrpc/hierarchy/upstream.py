@@ -26,7 +26,7 @@ from fedgrpc.codec.feedback import Residual
 from fedgrpc.codec.layout import Array, Layout
 from fedgrpc.errors import FedgrpcError, TaskError
 from fedgrpc.hierarchy.handoff import ParentTask, VersionToScore
-from fedgrpc.hierarchy.leaf_run import LeafRuns
+from fedgrpc.hierarchy.leaf_run import LeafRun, LeafRuns
 from fedgrpc.hierarchy.partial_aggregate import sending
 from fedgrpc.identity.roles import EVALUATORS
 from fedgrpc.protocol.descriptions import ModelDescription
@@ -175,7 +175,7 @@ class RoundWork:
             layout, given, download_s = await _download(self._files, task, report)
         began = Began(download_s, time.monotonic())
         self._publisher.enter(Activity.EVALUATING if task.kind is TaskKind.EVALUATE else Activity.TRAINING)
-        parent_task = ParentTask(message, layout, given, self._due_at(task))
+        parent_task = ParentTask(message, layout, given, self._due_at(task, run))
         watching = asyncio.create_task(run.watch(lambda progress: self._publisher.show(progress=progress)))
         try:
             mean = await run.handoff.carry_out(parent_task)
@@ -192,12 +192,12 @@ class RoundWork:
 
         return await self._files.store(task, message, fill)
 
-    def _due_at(self, task: Task) -> float | None:
+    def _due_at(self, task: Task, run: LeafRun) -> float | None:
         if task.deadline_s is None:
             return None
         left_s = max(0.0, task.deadline_s - time.monotonic())
         upload_s = max(_RESERVED * left_s, _LAST_UPLOADS * self._publisher.status.last_timings.upload_s)
-        return task.deadline_s - min(upload_s, left_s / 2)
+        return task.deadline_s - min(run.answers_s + upload_s, left_s / 2)
 
 
 class ScoringWork:

@@ -123,6 +123,10 @@ class SecureVector:
         weight = int(total[-1])
         return {name: self._grid(name).mean(part, weight) for name, part in self._parts(total)}
 
+    def examples(self, total: Array) -> float:
+        """Return the examples that the weight of a sum stands for; without weights, one for each update."""
+        return int(total[-1]) * self.most_examples / max(1, (1 << self.weight_bits) - 1)
+
     def shares(self, total: Array, count: int, cohort: int) -> dict[str, Array]:
         """Return the sum of `count` updates over `cohort`, by tensor, float64.
 

@@ -14,10 +14,11 @@ from typing import Final
 from fedgrpc.codec.layout import MAX_NAME_CHARS
 from fedgrpc.errors import LayoutError, UsageError
 from fedgrpc.privacy.one_time_keys import KeySignature, PublicKeys
+from fedgrpc.privacy.secure_policy import SecurePolicy
 from fedgrpc.privacy.secure_sum import LEAST_NEIGHBOURS, Circle
 from fedgrpc.privacy.secure_vector import SecureVector
 from fedgrpc.runs.secure_sum import SecureSum
-from fedgrpc.v1 import privacy_pb2
+from fedgrpc.v1 import privacy_pb2, round_pb2
 
 # The one tensor of a masked update: bytes of `pack_words`.
 MASKED: Final = "masked"
@@ -137,6 +138,30 @@ def _vector(message: privacy_pb2.SecureTask) -> SecureVector:
         )
     except UsageError as error:
         raise LayoutError(f"the task asks for a secure sum that cannot be: {error}") from None
+
+
+def secure_groups_to_proto(policy: SecurePolicy) -> round_pb2.SecureGroups:
+    """Return what leaves are told of the sums of their own workers' updates."""
+    return round_pb2.SecureGroups(
+        bits=policy.secure_bits or 0, weight_bits=policy.secure_weight_bits, colluding=policy.secure_colluding
+    )
+
+
+def groups_complaint(leaf: round_pb2.LeafInstructions, own: SecurePolicy) -> str:
+    """Say why a leaf with the secure sums of `own` cannot do as it is told; "": it can."""
+    told = leaf.secure
+    if not leaf.HasField("secure"):
+        return "this leaf has --secure-aggregation, and its parent has not: give it to both" if own.on else ""
+    if not own.on:
+        return f"updates of this run are masked: give this leaf --secure-aggregation {told.bits}"
+    if (own.secure_bits, own.secure_weight_bits) != (told.bits, told.weight_bits):
+        return (
+            f"the parent has --secure-aggregation {told.bits} and --secure-weight-bits {told.weight_bits}, this "
+            f"leaf {own.secure_bits} and {own.secure_weight_bits}: give it the parent's"
+        )
+    if own.secure_colluding < told.colluding:
+        return f"the parent has --secure-colluding {told.colluding}, this leaf no more than {own.secure_colluding}"
+    return ""
 
 
 def parts_to_proto(parts: Mapping[str, bytes]) -> privacy_pb2.SecureParts:

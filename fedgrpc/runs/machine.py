@@ -301,9 +301,8 @@ class RunMachine(SummingState):
         return self._abort(event.ending.text, now)
 
     def _abort(self, reason: str, now: float) -> Effects:
-        """End the round, unless it is committing already. One that waits for devices to answer is not."""
-        round_ = self.round
-        if round_ is None or not (round_.open or (round_.secure is not None and round_.secure.asking)):
+        """End the round, unless it is committing already."""
+        if self.round is None or not self.round.may_end:
             return ()
         return self.step_round(Abort(reason), now)
 

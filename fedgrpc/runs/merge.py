@@ -71,8 +71,9 @@ class Merge:
     workers say of their training. `accumulated_steps`: what the steps of an update amount to in the mean; 0 where
     steps are not normalized. `workers`: of how many devices the updates are. `distances` of updates to their
     geometric median, where a rule has looked. `combine`: the rule for coordinates, in place of the mean. `means`:
-    of the trained tensors, float64, where a secure sum gave them and no update says anything by itself. `mixed`:
-    models of workers are mixed in by their scales, each the difference of an update to this version.
+    of the trained tensors, float64, where a secure sum gave them and no update says anything by itself; `summed`
+    is then the weight of all, in examples. `mixed`: models of workers are mixed in by their scales, each the
+    difference of an update to this version.
     """
 
     weights: Mapping[str, float]
@@ -88,6 +89,7 @@ class Merge:
     distances: Mapping[str, float] = field(default_factory=lambda: _NOTHING)
     combine: Combine | None = None
     means: Mapping[str, np.ndarray] | None = None
+    summed: float | None = None
     mixed: Mapping[str, int] = field(default_factory=lambda: _NONE_MIXED)
 
     @property
@@ -111,6 +113,11 @@ class Merge:
         """Return whether the worker has no such tensor in its sub-model, or keeps it to itself."""
         kept = self.sub_models.get(token)
         return self.keeps(token, name) or (kept is not None and not kept.has(name))
+
+    @property
+    def weight(self) -> float:
+        """Weight of the mean itself: that of all updates together."""
+        return sum(self.weights.values()) if self.summed is None else self.summed
 
     @property
     def factors(self) -> dict[str, float]:

@@ -67,6 +67,12 @@ class RoundInProgress:
         """True if it still selects or takes updates."""
         return self.state.phase in (RoundPhase.SELECTING, RoundPhase.REPORTING)
 
+    @property
+    def may_end(self) -> bool:
+        """True unless it is over or its version is being made. One that waits for devices to answer may end."""
+        asking = self.secure is not None and self.secure.asking
+        return self.open or (asking and not self.state.phase.final)
+
     def context(self, token: str) -> TaskContext:
         """Return what is known of a task beside its phase."""
         return self.contexts.get(token, NOTHING_KNOWN)

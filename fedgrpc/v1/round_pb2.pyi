@@ -164,7 +164,7 @@ class TrainingPlan(_message.Message):
     def __init__(self, epochs: _Optional[float] = ..., max_steps: _Optional[int] = ..., batch_size: _Optional[int] = ..., learning_rate: _Optional[float] = ..., momentum: _Optional[float] = ..., algorithm: _Optional[str] = ..., label_adjustment: _Optional[float] = ..., upload_reserve: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., weight_decay: _Optional[float] = ...) -> None: ...
 
 class LeafInstructions(_message.Message):
-    __slots__ = ("seed", "worker_weights", "local_models", "channels", "total_rounds", "max_examples", "clip_norm", "plain_weights")
+    __slots__ = ("seed", "worker_weights", "local_models", "channels", "total_rounds", "max_examples", "clip_norm", "plain_weights", "secure")
     class WorkerWeightsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -180,6 +180,7 @@ class LeafInstructions(_message.Message):
     MAX_EXAMPLES_FIELD_NUMBER: _ClassVar[int]
     CLIP_NORM_FIELD_NUMBER: _ClassVar[int]
     PLAIN_WEIGHTS_FIELD_NUMBER: _ClassVar[int]
+    SECURE_FIELD_NUMBER: _ClassVar[int]
     seed: int
     worker_weights: _containers.ScalarMap[str, float]
     local_models: LocalModels
@@ -188,7 +189,18 @@ class LeafInstructions(_message.Message):
     max_examples: int
     clip_norm: float
     plain_weights: bool
-    def __init__(self, seed: _Optional[int] = ..., worker_weights: _Optional[_Mapping[str, float]] = ..., local_models: _Optional[_Union[LocalModels, _Mapping]] = ..., channels: _Optional[_Union[_tensor_pb2.ChannelMap, _Mapping]] = ..., total_rounds: _Optional[int] = ..., max_examples: _Optional[int] = ..., clip_norm: _Optional[float] = ..., plain_weights: _Optional[bool] = ...) -> None: ...
+    secure: SecureGroups
+    def __init__(self, seed: _Optional[int] = ..., worker_weights: _Optional[_Mapping[str, float]] = ..., local_models: _Optional[_Union[LocalModels, _Mapping]] = ..., channels: _Optional[_Union[_tensor_pb2.ChannelMap, _Mapping]] = ..., total_rounds: _Optional[int] = ..., max_examples: _Optional[int] = ..., clip_norm: _Optional[float] = ..., plain_weights: _Optional[bool] = ..., secure: _Optional[_Union[SecureGroups, _Mapping]] = ...) -> None: ...
+
+class SecureGroups(_message.Message):
+    __slots__ = ("bits", "weight_bits", "colluding")
+    BITS_FIELD_NUMBER: _ClassVar[int]
+    WEIGHT_BITS_FIELD_NUMBER: _ClassVar[int]
+    COLLUDING_FIELD_NUMBER: _ClassVar[int]
+    bits: int
+    weight_bits: int
+    colluding: int
+    def __init__(self, bits: _Optional[int] = ..., weight_bits: _Optional[int] = ..., colluding: _Optional[int] = ...) -> None: ...
 
 class LocalModels(_message.Message):
     __slots__ = ("default", "classes", "automatic")

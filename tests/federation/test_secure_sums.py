@@ -549,7 +549,6 @@ async def test_a_round_whose_sum_the_disk_has_damaged_is_abandoned_and_the_run_g
         ({"max_update_norm": 1.0}, "max_update_norm"),
         ({"clip_quantile": 0.5}, "clip_quantile"),
         ({"worker_weights": {"w0": 1.0}}, "weight"),
-        ({"leaves": ("x",)}, "leaf"),
         ({"max_examples": 5}, "secure_weight_bits"),
         ({"local_models": PlanTable(LocalModelPlan(width=0.5))}, "local_models"),
         ({"plan": TrainingPlan(algorithm="qfedavg:q=1", learning_rate=0.1)}, "differences"),

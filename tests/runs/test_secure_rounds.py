@@ -10,7 +10,7 @@ from fedgrpc.privacy.secure_round import SecurePhase, TellRoster
 from fedgrpc.privacy.secure_sum import Circle
 from fedgrpc.privacy.secure_task import SecureTask
 from fedgrpc.privacy.secure_vector import SecureVector
-from fedgrpc.rounds.events import Commit, Failed, Finished, Rejected, Select, Selected, TaskPhase, Tick
+from fedgrpc.rounds.events import Abort, Commit, Failed, Finished, Rejected, Select, Selected, TaskPhase, Tick
 from fedgrpc.rounds.policy import RoundPolicy
 from fedgrpc.rounds.round import RoundPhase
 from fedgrpc.runs.events import (
@@ -240,6 +240,15 @@ def test_a_run_that_is_stopped_while_devices_are_asked_waits_for_none_of_them():
     assert not scenario.commits
     scenario(Ended(RunPhase.STOPPED, Ending(text="stopped")))
     assert scenario.machine.current.state.phase is RoundPhase.ABANDONED
+
+
+def test_a_run_may_be_stopped_after_a_round_was_abandoned_whose_devices_were_asked():
+    """Before the shell has noted the end of that round."""
+    scenario = arrived()
+    scenario(Abort("nobody waits for it"))
+    scenario(Ended(RunPhase.STOPPED, Ending(text="stopped")))
+    assert scenario.machine.ended
+    assert scenario.machine.current.state.reason == "nobody waits for it"
 
 
 def test_foreseeing_a_message_changes_nothing():
