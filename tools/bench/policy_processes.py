@@ -1,10 +1,12 @@
 """Policies of a sweep as real processes over gRPC, beside their simulation: do they rank the same?
 
     python -m tools.bench.policy_processes --out processes
+    python -m tools.bench.policy_processes --out processes --containers      (root, podman, make images)
 
 Each policy of examples/policies/processes-grid.toml is one aggregator, a worker for each device and an evaluator.
-Devices keep to the described speed (`tools.bench.paced`) and link. A policy that is done under --out is not played
-again. The simulation is of the same files. Hours count from the first round that trains.
+Devices keep to the described speed (`tools.bench.paced`) and link. In containers each device has 1 GiB of memory
+and the aggregator 256 MiB, and the kernel shapes the links. A policy that is done under --out is not played again.
+The simulation is of the same files. Hours count from the first round that trains.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import mean
@@ -32,9 +34,19 @@ from fedgrpc.storage.run_store import RunStore
 from fedgrpc.submodels.plan_size import elements_of, relative_work
 from fedgrpc.v1.round_pb2 import TASK_KIND_TRAIN
 from fedgrpc.worker.task_loader import load_trainer
+from tools.containers.devices import AGGREGATOR
+from tools.containers.network import Network
+from tools.containers.podman import AGGREGATOR_IMAGE, WORKER_IMAGE, Container, Limits, why_not
 
 GRID = Path("examples/policies/processes-grid.toml")
 PACED = "tools.bench.paced:PacedFashionMnist"
+CONTAINERS = "fgpolicy"
+DEVICE = Limits(1 << 30)
+# As docker/ has them.
+_USER = 10001
+_HOME = "/var/lib/fedgrpc"
+_CONFIG = "/etc/aggregator.toml"
+_EXAMPLES = f"{_HOME}/examples:ro"
 _SECONDS = 3600.0
 # Scores swing from version to version, so that each is the mean of so many.
 _LAST = 3
@@ -50,46 +62,113 @@ class Scored:
     accuracy: float | None
 
 
-def _start(stack: ExitStack, log: Path, *arguments: str) -> None:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    output = stack.enter_context(log.open("wb"))
-    process = subprocess.Popen(
-        [sys.executable, "-m", "fedgrpc", *arguments], env=environment, stdout=output, stderr=output
-    )
-    stack.callback(process.wait)
-    stack.callback(process.terminate)
+class Processes(AbstractContextManager["Processes"]):
+    """Processes of this machine, in its own folder; workers pace their links themselves."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._stack = ExitStack()
+
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
+
+    def aggregator(self, config: Path) -> str:
+        """Start it, and return its address."""
+        port = self._folder / "port"
+        os.mkfifo(port)
+        serving = ("--address", "127.0.0.1:0", "--port-file", str(port), "--data-dir", str(self._folder / "run"))
+        self._start("aggregator", "aggregator", "--config", str(config), *serving)
+        return f"127.0.0.1:{port.read_text().strip()}"
+
+    def worker(self, name: str, bits_per_second: int | None, arguments: list[str]) -> None:
+        """Start one, at the end of a link of this rate."""
+        link = [] if bits_per_second is None else ["--link", str(bits_per_second)]
+        self._start(name, *arguments, *link, "--serve-address", "none", "--state-dir", str(self._folder / name))
+
+    def _start(self, name: str, *arguments: str) -> None:
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        output = self._stack.enter_context((self._folder / f"{name}.log").open("wb"))
+        process = subprocess.Popen(
+            [sys.executable, "-m", "fedgrpc", *arguments], env=environment, stdout=output, stderr=output
+        )
+        self._stack.callback(process.wait)
+        self._stack.callback(process.terminate)
 
 
-def deployed(point: Point, folder: Path) -> None:
-    """Play a policy as real processes for its hours, from the moment when all of them are there."""
+class Containers(AbstractContextManager["Containers"]):
+    """Containers with a network of their own, which see of this machine the data and the task."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder.resolve()
+        self._stack = ExitStack()
+        self._network = self._stack.enter_context(Network(CONTAINERS))
+
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
+
+    def aggregator(self, config: Path) -> str:
+        """Start it, and return its address."""
+        run = self._folder / "run"
+        run.mkdir()
+        os.chown(run, _USER, _USER)
+        # The folder of examples is where the configuration looks for it, below the working folder.
+        mounts = {
+            str(run): _HOME,
+            str(config.resolve()): f"{_CONFIG}:ro",
+            str(Path("examples").resolve()): _EXAMPLES,
+        }
+        address = self._start("aggregator", None, ["aggregator", "--config", _CONFIG], mounts)
+        return f"{address}:50051"
+
+    def worker(self, name: str, bits_per_second: int | None, arguments: list[str]) -> None:
+        """Start one, at the end of a link of this rate."""
+        data, task = Path("shares").resolve(), Path(__file__).with_name("paced.py").resolve()
+        mounts = {
+            str(data): f"{_HOME}/shares:ro",
+            str(task): f"/tasks/{PACED.partition(':')[0].replace('.', '/')}.py:ro",
+        }
+        self._start(name, bits_per_second, arguments, mounts)
+
+    def _start(
+        self, name: str, bits_per_second: int | None, arguments: list[str], mounts: Mapping[str, str]
+    ) -> str:
+        link = self._network.attach(name, bits_per_second)
+        if bits_per_second is not None and not link.shaped:
+            raise SystemExit("the kernel shapes no links here")
+        aggregates = arguments[0] == "aggregator"
+        image, limits = (AGGREGATOR_IMAGE, AGGREGATOR) if aggregates else (WORKER_IMAGE, DEVICE)
+        full, log = f"{CONTAINERS}-{name}", self._folder / f"{name}.log"
+        container = Container(full, image, limits, link.podman_network, arguments, mounts, log)
+        container.remove()
+        container.start()
+        self._stack.callback(container.remove)
+        return link.address
+
+
+def deployed(point: Point, folder: Path, place: type[Processes] | type[Containers]) -> None:
+    """Play a policy with real processes for its hours, from the moment when all of them are there."""
     folder.mkdir(parents=True)
-    port, config = folder / "port", folder / "aggregator.toml"
-    os.mkfifo(port)
+    config = folder / "aggregator.toml"
     config.write_text("[aggregator]\n" + "".join(f"{k} = {json.dumps(v)}\n" for k, v in _table(point).items()))
     devices = [(f"{kind.name}-{n}", kind) for kind in point.experiment.classes for n in range(kind.count)]
     learning, paces = point.experiment.learning, _paces(point)
-    with ExitStack() as stack:
-        serving = ("--address", "127.0.0.1:0", "--port-file", str(port), "--data-dir", str(folder / "run"))
-        _start(stack, folder / "aggregator.log", "aggregator", "--config", str(config), *serving)
-        address = f"127.0.0.1:{port.read_text().strip()}"
+    with place(folder) as here:
+        address = here.aggregator(config)
         common = [
             *("--aggregator", address, "--data", str(learning.data), "--model", str(learning.model)),
-            *("--threads", "1", "--device", "cpu", "--serve-address", "none"),
+            *("--threads", "1", "--device", "cpu"),
         ]
         for number, (name, kind) in enumerate(devices, 1):
-            _start(
-                stack,
-                folder / f"{name}.log",
+            arguments = [
                 *("worker", "--name", name, "--task", PACED, "--option", f"pace={paces[kind.name]}", *common),
                 *("--partition", str(learning.partition), "--part", f"{number}/{len(devices)}"),
-                *("--seed", str(learning.seed), "--state-dir", str(folder / name)),
-                *("--device-class", kind.device_class or kind.name, "--link", str(int(kind.up_mbit * 1e6))),
-            )
-        _start(
-            stack,
-            folder / "evaluator.log",
-            *("worker", "--name", "evaluator", "--role", "evaluator", "--task", learning.task, *common),
-            *("--state-dir", str(folder / "evaluator")),
+                *("--seed", str(learning.seed), "--device-class", kind.device_class or kind.name),
+            ]
+            here.worker(name, int(kind.up_mbit * 1e6), arguments)
+        here.worker(
+            "evaluator",
+            None,
+            ["worker", "--name", "evaluator", "--role", "evaluator", "--task", learning.task, *common],
         )
         _wait(folder / "run", point.hours * _SECONDS)
 
@@ -142,11 +221,11 @@ def scored(run: Path) -> list[Scored]:
     return found
 
 
-def played(point: Point, folder: Path) -> list[Scored]:
-    """Return the versions of a policy as real processes."""
+def played(point: Point, folder: Path, place: type[Processes] | type[Containers]) -> list[Scored]:
+    """Return the versions of a policy with real processes."""
     done = folder / "versions.json"
     if not done.exists():
-        deployed(point, folder)
+        deployed(point, folder, place)
         done.write_text(json.dumps([asdict(each) for each in scored(folder / "run")]))
     return [Scored(**each) for each in json.loads(done.read_text())]
 
@@ -181,7 +260,10 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--grid", type=Path, default=GRID)
     parser.add_argument("--policies", nargs="+", help="of the grid; without: all")
+    parser.add_argument("--containers", action="store_true", help="each process in a container of its own")
     asked = parser.parse_args()
+    if asked.containers and (reason := why_not(AGGREGATOR_IMAGE, WORKER_IMAGE)):
+        raise SystemExit(reason)
     configure("error", "console")
     document = toml.parse(asked.grid.read_text())
     base = toml.parse((asked.grid.parent / search_of(document).experiment).read_text())
@@ -192,9 +274,11 @@ def main() -> None:
         print(
             f"| {point.choices['policy']} | simulation | {shown(versions, point.hours * _SECONDS)} |", flush=True
         )
+    place, name = (Containers, "containers") if asked.containers else (Processes, "processes")
     for point in points:
-        versions = played(point, asked.out / str(point.choices["policy"]))
-        print(f"| {point.choices['policy']} | processes | {shown(versions, point.hours * _SECONDS)} |", flush=True)
+        policy = str(point.choices["policy"])
+        versions = played(point, asked.out / name / policy, place)
+        print(f"| {policy} | {name} | {shown(versions, point.hours * _SECONDS)} |", flush=True)
 
 
 if __name__ == "__main__":
