@@ -31,6 +31,7 @@ from fedgrpc.rpc import framing
 from fedgrpc.rpc.admission import caller, note
 from fedgrpc.rpc.identity import Session, is_on_this_machine, peer_of
 from fedgrpc.rpc.ingest import IngestProcesses
+from fedgrpc.rpc.server_stream import send
 from fedgrpc.runs.events import DeviceReplaced
 from fedgrpc.v1 import aggregator_pb2 as pb
 from fedgrpc.v1 import aggregator_pb2_grpc
@@ -137,7 +138,7 @@ class HostService(aggregator_pb2_grpc.AggregatorServicer):
         async for request in request_iterator:
             with ExitStack() as sending:
                 # Yielded, each would be held here and by gRPC until the next one is there.
-                await context.write(framing.polled(*await self._answer(request.poll, context, sending)))
+                await send(context, framing.polled(*await self._answer(request.poll, context, sending)))
 
     async def _answer(
         self, request: pb.PollTaskRequest, context: Context, sending: ExitStack

@@ -40,6 +40,7 @@ from fedgrpc.rounds.events import TaskPhase
 from fedgrpc.rpc.admission import caller, quota_key
 from fedgrpc.rpc.identity import Session, peer_of
 from fedgrpc.rpc.relayed_calls import RelayedCall
+from fedgrpc.rpc.server_stream import send
 from fedgrpc.runs.task_context import Downlink
 from fedgrpc.v1 import aggregator_pb2 as pb
 from fedgrpc.v1 import aggregator_pb2_grpc
@@ -130,7 +131,7 @@ class AggregatorService(aggregator_pb2_grpc.AggregatorServicer):
         size_bytes = encoded.manifest.size_bytes
         if request.offset > size_bytes:
             raise WrongOffset(f"offset {request.offset} is beyond the payload of {size_bytes} bytes")
-        await context.write(encoded.header)
+        await send(context, encoded.header)
         if encoded.payload is None:
             return
         if isinstance(context, RelayedCall):
@@ -138,7 +139,7 @@ class AggregatorService(aggregator_pb2_grpc.AggregatorServicer):
             return
         async with aclosing(self._models.chunk_cache.messages(encoded.payload, request.offset)) as messages:
             async for message in messages:
-                await context.write(message)
+                await send(context, message)
                 # Yielded, it would be held here and by gRPC until the next one is there.
                 del message
 

@@ -114,11 +114,11 @@ class IngestProcesses:
             self._address = _reserved(self._address, stack)
             keeping = [asyncio.create_task(self._keep(index)) for index in range(self._ingest.process_count)]
             try:
-                async with asyncio.timeout(_STARTED_WITHIN_S):
-                    await self._all_serve.wait()
+                try:
+                    await asyncio.wait_for(self._all_serve.wait(), _STARTED_WITHIN_S)
+                except TimeoutError:
+                    raise UsageError(f"no ingest process listens on {self._address}; see the log") from None
                 yield self._address.port
-            except TimeoutError:
-                raise UsageError(f"no ingest process listens on {self._address}; see the log") from None
             finally:
                 self.refuse_new_calls(grace_s)
                 _, late = await asyncio.wait(keeping, timeout=grace_s + _ENDED_WITHIN_S)

@@ -29,6 +29,7 @@ from fedgrpc.process import collect_rarely, die_with_parent, reuse_memory
 from fedgrpc.rpc.channel import SERVER_OPTIONS
 from fedgrpc.rpc.relay import OF_PROCESS, Kind, Link, fields_of, joined
 from fedgrpc.rpc.relayed_calls import CallDetails, metadata_of
+from fedgrpc.rpc.server_stream import abort, send
 from fedgrpc.rpc.server_tls import TlsMaterial, reloading_credentials
 
 _CODES: Final = {code.value[0]: code for code in grpc.StatusCode}
@@ -106,7 +107,7 @@ class _Call:
 
     async def write(self, message: bytes) -> None:
         """See `Caller`."""
-        await self._context.write(message)
+        await send(self._context, message)
 
     def tell(self, number: int) -> None:
         """See `Caller`."""
@@ -138,7 +139,7 @@ class _Call:
         code, text, *pairs = fields_of(body)
         status = _CODES[int(code)]
         if status is not grpc.StatusCode.OK:
-            await self._context.abort(status, text.decode(), trailing_metadata=metadata_of(pairs))
+            await abort(self._context, status, text.decode(), metadata_of(pairs))
 
 
 def _details_of(method: str, context: Any) -> CallDetails:

@@ -28,6 +28,7 @@ from fedgrpc.errors import FedgrpcError, LinkError
 from fedgrpc.identity.access import AUDITED
 from fedgrpc.rpc.admission import Admission, note_request
 from fedgrpc.rpc.requests import SMALL_REQUEST_BYTES, FirstMessages, bounded
+from fedgrpc.rpc.server_stream import abort
 
 ERROR_KEY: Final = "fedgrpc-error"
 RETRY_KEY: Final = "grpc-retry-pushback-ms"
@@ -288,4 +289,4 @@ async def _abort(error: Exception, method: str, context: Any) -> None:
     trailers = [(ERROR_KEY, name)]
     if isinstance(error, errors.Exhausted) and error.retry_after_s is not None:
         trailers.append((RETRY_KEY, str(math.ceil(1e3 * error.retry_after_s))))
-    await context.abort(code, detail, trailing_metadata=tuple(trailers))
+    await abort(context, code, detail, tuple(trailers))

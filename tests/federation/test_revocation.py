@@ -4,6 +4,7 @@ import asyncio
 from contextlib import aclosing
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
@@ -93,6 +94,24 @@ async def test_an_upload_in_progress_ends_and_the_others_commit_without_it(tmp_p
         assert record.phase == round_pb2.ROUND_PHASE_COMMITTED
         assert phases["bad"] == round_pb2.TASK_PHASE_FAILED
         assert not [name for name in running.kept_updates() if task.token in name]
+
+
+@pytest.mark.parametrize("ingest", [0, 1])
+async def test_a_download_that_waits_for_its_link_ends_with_the_reason(tmp_path, ingest):
+    # More than a connection takes before anybody reads.
+    save_file({"w": np.zeros(16 << 20, np.float32)}, tmp_path / "initial.safetensors")
+    async with running_aggregator(tmp_path, policy={"min_workers": 1}, ingest=ingest, **OUTSIDE) as running:
+        tls = await joined(running, tmp_path, "pi-7")
+        async with connected(running, tls) as channel:
+            device = device_of(channel, "pi-7")
+            await device.register()
+            task = await device.task()
+            pull = device.stub.PullModel(pb.PullModelRequest(worker="pi-7", token=task.token))
+            await pull.initial_metadata()
+            await asyncio.sleep(0.3)
+            await revoke(running, "pi-7", why="stolen")
+            with pytest.raises(WrongIdentity, match="stolen"), domain_errors():
+                await asyncio.wait_for(all_of(pull), PATIENCE_S)
 
 
 @pytest.mark.parametrize("drop", [True, False])
