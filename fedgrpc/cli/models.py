@@ -23,7 +23,7 @@ from fedgrpc.claims import printable
 from fedgrpc.cli.as_json import json_text, plain
 from fedgrpc.cli.model_versions import VersionSource, fetched, version_source
 from fedgrpc.cli.options import AS_JSON, Declare, Setting, SettingsCommand
-from fedgrpc.cli.reach import reach_settings
+from fedgrpc.cli.reach import calling_command, reach_settings
 from fedgrpc.cli.view import print_rows, time_text
 from fedgrpc.runs.keeping import Reference, checked_tag
 from fedgrpc.storage.model_diff import TensorDifference, differences
@@ -48,17 +48,8 @@ def model_command(
     name: str, call: Call, help: str, *settings: Setting, arguments: Sequence[click.Argument] = ()
 ) -> SettingsCommand:
     """Return a command that makes `call` with the versions of an aggregator or of a data folder."""
-
-    async def reach(values: dict[str, Any]) -> None:
-        async with version_source(values) as source:
-            await call(source, values)
-
-    def run(**values: Any) -> None:
-        asyncio.run(reach(values))
-
-    command = SettingsCommand(name, run, [*settings, *reach_settings(_DATA_DIR)], help)
-    command.params[:0] = arguments
-    return command
+    reach = reach_settings(_DATA_DIR)
+    return calling_command(name, version_source, call, help, *settings, *reach, arguments=arguments)
 
 
 def argument(name: str, required: bool = True, default: str | None = None) -> click.Argument:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
-from contextlib import asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 import click
 
@@ -16,6 +16,7 @@ from fedgrpc.cli.options import Declare, Setting, SettingsCommand
 from fedgrpc.errors import UsageError
 from fedgrpc.reach import DEFAULT_AGGREGATOR, by_default, default_context, on_this_host
 
+T = TypeVar("T")
 Call = Callable[[Calls, dict[str, Any]], Awaitable[None]]
 
 _DATA_DIR_HELP: Final = "Data folder of an aggregator that runs on this host; its owner needs no certificate."
@@ -47,15 +48,27 @@ def client_command(
     name: str, call: Call, help: str, *settings: Setting, arguments: Sequence[click.Argument] = ()
 ) -> SettingsCommand:
     """Return a command that reaches an aggregator and makes `call` there."""
+    return calling_command(name, reached, call, help, *settings, *reach_settings(), arguments=arguments)
 
-    async def reach(values: dict[str, Any]) -> None:
-        async with reached(values) as client:
-            await call(client, values)
+
+def calling_command(
+    name: str,
+    reach: Callable[[Mapping[str, Any]], AbstractAsyncContextManager[T]],
+    call: Callable[[T, dict[str, Any]], Awaitable[None]],
+    help: str,
+    *settings: Setting,
+    arguments: Sequence[click.Argument] = (),
+) -> SettingsCommand:
+    """Return a command that opens what `reach` finds by its settings, and makes `call` with it."""
+
+    async def made(values: dict[str, Any]) -> None:
+        async with reach(values) as found:
+            await call(found, values)
 
     def run(**values: Any) -> None:
-        asyncio.run(reach(values))
+        asyncio.run(made(values))
 
-    command = SettingsCommand(name, run, [*settings, *reach_settings()], help)
+    command = SettingsCommand(name, run, list(settings), help)
     command.params[:0] = arguments
     return command
 

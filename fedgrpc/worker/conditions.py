@@ -22,6 +22,7 @@ from fedgrpc.protocol.devices import DeviceProfile, profile_to_proto
 from fedgrpc.protocol.facts import lasting_facts, passing_facts
 from fedgrpc.runs.eligibility import MINUTES_OF_DAY, eligible, parse
 from fedgrpc.v1 import device_pb2
+from fedgrpc.worker.device import system_text
 
 # A shorter time says little of the load.
 _LEAST_S: Final = 1.0
@@ -60,7 +61,7 @@ class Conditions:
 
     def _network(self) -> device_pb2.NetworkKind:
         """Return the kind of the interface that traffic takes."""
-        for line in _text(self._root / "proc/net/route").splitlines()[1:]:
+        for line in system_text(self._root / "proc/net/route").splitlines()[1:]:
             interface, destination, *_ = [*line.split(), "", ""]
             if destination == "00000000":
                 return self._kind_of(interface)
@@ -72,15 +73,16 @@ class Conditions:
             return device_pb2.NETWORK_KIND_UNSPECIFIED
         if (folder / "wireless").exists() or (folder / "phy80211").exists():
             return device_pb2.NETWORK_KIND_WIFI
-        kind = next((line for line in _text(folder / "uevent").splitlines() if line.startswith("DEVTYPE=")), "")
+        lines = system_text(folder / "uevent").splitlines()
+        kind = next((line for line in lines if line.startswith("DEVTYPE=")), "")
         if kind == "DEVTYPE=wwan" or interface.startswith(("wwan", "ppp", "rmnet")):
             return device_pb2.NETWORK_KIND_CELLULAR
         # 1 is Ethernet (include/uapi/linux/if_arp.h), also of the pair of a container.
-        is_ethernet = _text(folder / "type") == "1"
+        is_ethernet = system_text(folder / "type") == "1"
         return device_pb2.NETWORK_KIND_ETHERNET if is_ethernet else device_pb2.NETWORK_KIND_UNSPECIFIED
 
     def _temperature(self) -> float | None:
-        texts = [_text(path) for path in (self._root / "sys/class/thermal").glob("thermal_zone*/temp")]
+        texts = [system_text(path) for path in (self._root / "sys/class/thermal").glob("thermal_zone*/temp")]
         found = [int(text) / 1000 for text in texts if text.lstrip("-").isdigit()]
         return max(found, default=None)
 
@@ -100,9 +102,9 @@ class Conditions:
         return self._load
 
     def _times(self) -> _Times | None:
-        fields = _text(self._root / "proc/stat").partition("\n")[0].split()
+        fields = system_text(self._root / "proc/stat").partition("\n")[0].split()
         # The name of the command may have blanks, and stands in parentheses.
-        own = _text(self._root / "proc/self/stat").rpartition(")")[2].split()
+        own = system_text(self._root / "proc/self/stat").rpartition(")")[2].split()
         try:
             ticks = [int(field) for field in fields[1:9]]
             total_s, idle_s = sum(ticks) / _JIFFIES_S, (ticks[3] + ticks[4]) / _JIFFIES_S
@@ -132,13 +134,13 @@ def _power(folder: Path, found: device_pb2.DeviceConditions) -> None:
     """Fill in power, where the system knows of any supply."""
     batteries, charging, plugged = [], [], []
     for supply in folder.glob("*"):
-        kind = _text(supply / "type")
-        if kind == "Battery" and _text(supply / "scope") != "Device":
-            charging.append(_text(supply / "status") in ("Charging", "Full", "Not charging"))
-            if (capacity := _text(supply / "capacity")).isdigit():
+        kind = system_text(supply / "type")
+        if kind == "Battery" and system_text(supply / "scope") != "Device":
+            charging.append(system_text(supply / "status") in ("Charging", "Full", "Not charging"))
+            if (capacity := system_text(supply / "capacity")).isdigit():
                 batteries.append(int(capacity) / 100)
         elif kind in ("Mains", "USB"):
-            plugged.append(_text(supply / "online") == "1")
+            plugged.append(system_text(supply / "online") == "1")
     if batteries:
         found.battery = min(1.0, max(batteries))
     if plugged or charging:
@@ -146,10 +148,3 @@ def _power(folder: Path, found: device_pb2.DeviceConditions) -> None:
     elif folder.exists():
         # A board without any supply that its system knows of hangs on the mains.
         found.on_mains = True
-
-
-def _text(path: Path) -> str:
-    try:
-        return path.read_text(errors="replace").strip()
-    except OSError:
-        return ""

@@ -20,7 +20,7 @@ from fedgrpc.protocol.devices import DeviceProfile
 
 def detect(root: Path = Path("/")) -> DeviceProfile:
     """Measure this device; `root` is the folder that holds proc and sys."""
-    board = _text(root / "proc/device-tree/model").rstrip("\0")
+    board = system_text(root / "proc/device-tree/model").rstrip("\0")
     accelerator, name, accelerator_memory_bytes = _accelerator()
     return DeviceProfile(
         device_class=device_class_of(board),
@@ -41,7 +41,8 @@ def device_class_of(board: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", name).strip("-")
 
 
-def _text(path: Path) -> str:
+def system_text(path: Path) -> str:
+    """Return the text of a file by which the system tells of itself; "" without one."""
     try:
         return path.read_text(errors="replace").strip()
     except OSError:
@@ -49,7 +50,7 @@ def _text(path: Path) -> str:
 
 
 def _cpu_model(root: Path) -> str:
-    for line in _text(root / "proc/cpuinfo").splitlines():
+    for line in system_text(root / "proc/cpuinfo").splitlines():
         key, _, value = line.partition(":")
         if key.strip().lower() in ("model name", "hardware", "cpu model"):
             return value.strip()
@@ -60,7 +61,7 @@ def _cgroup_folders(root: Path) -> list[Path]:
     """Return the process's cgroup and all above it: limits apply at every level."""
     top = root / "sys/fs/cgroup"
     relative = "/"
-    for line in _text(root / "proc/self/cgroup").splitlines():
+    for line in system_text(root / "proc/self/cgroup").splitlines():
         if line.startswith("0::"):
             relative = line.removeprefix("0::")
     own = top / relative.strip("/")
@@ -70,10 +71,10 @@ def _cgroup_folders(root: Path) -> list[Path]:
 def _cpu_cores(root: Path) -> int:
     cores = float(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
     for folder in _cgroup_folders(root):
-        quota, _, period = _text(folder / "cpu.max").partition(" ")
+        quota, _, period = system_text(folder / "cpu.max").partition(" ")
         if quota.isdigit() and period.isdigit():
             cores = min(cores, int(quota) / int(period))
-    quota, period = (_text(root / f"sys/fs/cgroup/cpu/cpu.cfs_{name}_us") for name in ("quota", "period"))
+    quota, period = (system_text(root / f"sys/fs/cgroup/cpu/cpu.cfs_{name}_us") for name in ("quota", "period"))
     if quota.isdigit() and period.isdigit():
         cores = min(cores, int(quota) / int(period))
     return max(1, math.ceil(cores))
@@ -92,8 +93,8 @@ def usual_threads(root: Path = Path("/")) -> int | None:
 
 def usable_memory_bytes(root: Path = Path("/")) -> int:
     """Return the machine's memory, or a container's limit of it."""
-    limits = [_text(folder / "memory.max") for folder in _cgroup_folders(root)]
-    limits.append(_text(root / "sys/fs/cgroup/memory/memory.limit_in_bytes"))
+    limits = [system_text(folder / "memory.max") for folder in _cgroup_folders(root)]
+    limits.append(system_text(root / "sys/fs/cgroup/memory/memory.limit_in_bytes"))
     return min([int(psutil.virtual_memory().total), *(int(limit) for limit in limits if limit.isdigit())])
 
 
