@@ -32,7 +32,6 @@ from fedgrpc.rpc.identity import Session
 from fedgrpc.runs.events import (
     Ending,
     EndReason,
-    RoundsRestored,
     RunPhase,
     RunRestored,
     VersionKnown,
@@ -86,7 +85,8 @@ class Recovery:
                 session = Session.parse(sessions.get(registration.worker, ""))
                 coordinator.fleet.restore(registration, coordinator.clock(), session)
             coordinator.workers.remember({registration.worker: history})
-        coordinator.apply(RoundsRestored(await coordinator.records.restore()))
+        ended = await coordinator.records.restore()
+        coordinator.apply(ended)
         await coordinator.releases.open()
         await self._recover_model()
         await self._recall_costs()
@@ -100,7 +100,7 @@ class Recovery:
             )
         ):
             await self._close(open_round.record, reason)
-            coordinator.apply(RoundsRestored(max(run.last_number, open_round.record.number)))
+            coordinator.apply(replace(ended, last_number=max(run.last_number, open_round.record.number)))
             open_round = None
         # Only now: a process that dies before has to find again what has changed.
         await self._take_settings(changed)

@@ -19,7 +19,7 @@ from fedgrpc.protocol.rounds import RoundRecords, record_of
 from fedgrpc.rounds.history import WorkerHistory
 from fedgrpc.rounds.version import Jump, Version
 from fedgrpc.runs.evaluations import Evaluation
-from fedgrpc.runs.events import EndReason, Evaluated, TargetMet, VersionKnown
+from fedgrpc.runs.events import EndReason, Evaluated, RoundsRestored, TargetMet, VersionKnown
 from fedgrpc.runs.keeping import out_of_patience
 from fedgrpc.runs.merge import Scores
 from fedgrpc.runs.round_in_progress import RoundInProgress
@@ -27,6 +27,7 @@ from fedgrpc.storage.run_store import RunStore
 from fedgrpc.storage.task_rows import carried_rows, rows_of
 from fedgrpc.tracking.rounds import figures
 from fedgrpc.tracking.tracking import NOT_TRACKED, Tracking
+from fedgrpc.v1.round_pb2 import TASK_KIND_EVALUATE
 from fedgrpc.v1.round_pb2 import Round as RoundRecord
 
 log = structlog.get_logger()
@@ -50,10 +51,14 @@ class RecordedRounds:
         self._in_progress = RoundRecords()
         self.last: RoundRecord | None = None
 
-    async def restore(self) -> int:
-        """Read the last record. Returns its number; 0: there is none. Raises `StorageError`."""
+    async def restore(self) -> RoundsRestored:
+        """Read the last record. Raises `StorageError`."""
         self.last = await self._in_database(self._store.round)
-        return 0 if self.last is None else self.last.number
+        if self.last is None:
+            return RoundsRestored(0)
+        written = await self._in_database(self._store.round_of_latest_version)
+        closing = self.last.kind != TASK_KIND_EVALUATE and (written is None or _asks_for_scores(written))
+        return RoundsRestored(self.last.number, closing)
 
     async def end(self, round_: RoundInProgress, now: float, version: Version | None = None) -> RoundRecord:
         """Make durable how a round ended, with the version that it made. Raises `StorageError`."""
@@ -105,6 +110,12 @@ class RecordedRounds:
     def shown(self, round_: RoundInProgress | None, now: float) -> RoundRecord | None:
         """Return the record of the round in progress, else of the last one."""
         return self.last if round_ is None else self._in_progress.record(round_, now)
+
+
+def _asks_for_scores(written: RoundRecord) -> bool:
+    """Return whether a version is to be scored as the one before was, by the workers of its round."""
+    scored = (task for task in written.tasks if task.weight and not task.staleness)
+    return written.HasField("rolled_back_to") or any(task.evaluation_metrics for task in scored)
 
 
 class VersionScores:

@@ -219,9 +219,13 @@ class RunRestored:
 
 @dataclass(frozen=True)
 class RoundsRestored:
-    """The number of the last round that ended in a former process."""
+    """The number of the last round that ended in a former process.
+
+    `closing_evaluation`: the last version is to be scored by workers once there are no more rounds to train.
+    """
 
     last_number: int
+    closing_evaluation: bool = True
 
 
 @dataclass(frozen=True)

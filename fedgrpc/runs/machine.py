@@ -266,6 +266,7 @@ class RunMachine(SummingState):
 
     def _restore_rounds(self, event: RoundsRestored, now: float) -> Effects:
         self.last_number = event.last_number
+        self.closing_evaluation = self.rules.evaluate and event.closing_evaluation
         return ()
 
     def _follow_parent(self, event: ParentLeads, now: float) -> Effects:

@@ -309,6 +309,11 @@ class RunStore(Database):
         )
         return None if row is None else self._record(row[0])
 
+    def round_of_latest_version(self) -> RoundRecord | None:
+        """Read the record of the round that wrote the newest version; None as `round_of_version`."""
+        newest = self.latest_version()
+        return None if newest is None else self.round_of_version(newest.version)
+
     def rounds(self, below: int, count: int, max_bytes: int = 1 << 62) -> tuple[list[RoundRecord], bool]:
         """Read finished rounds with a number below `below`, newest first, and whether there are more.
 

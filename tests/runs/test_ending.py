@@ -28,6 +28,7 @@ from fedgrpc.runs.events import (
     RolledBack,
     RoundEnded,
     RoundOpened,
+    RoundsRestored,
     RunPhase,
     Stay,
     TargetMet,
@@ -90,6 +91,13 @@ def test_workers_that_score_are_asked_once_more_after_the_last_round():
     run(Abort("nobody came"))
     run(RoundEnded(0.0))
     assert isinstance(run.machine.next_step(0.0, 0.0), EndRun)
+
+
+@pytest.mark.parametrize(("due", "expected"), [(True, OpenRound), (False, EndRun)])
+def test_a_restart_goes_on_with_the_closing_evaluation_that_was_due_and_repeats_none(due, expected):
+    run = RunScenario("a", rounds=1, evaluate=True)
+    run(RoundsRestored(2, closing_evaluation=due))
+    assert isinstance(run.model(2).machine.next_step(0.0, 0.0), expected)
 
 
 def test_a_target_that_is_met_ends_the_run_with_its_round():

@@ -7,7 +7,8 @@ is what a network needs: connections, authentication, slots for uploads.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from types import MappingProxyType
 
@@ -20,6 +21,7 @@ from fedgrpc.aggregator.new_version import AcceptedUpdates
 from fedgrpc.aggregator.own_rounds import OwnRounds
 from fedgrpc.aggregator.payload_encoder import EncodedModel, Pull
 from fedgrpc.aggregator.receiver import Receiver
+from fedgrpc.aggregator.recovery import Recovery
 from fedgrpc.aggregator.registry import WorkerRegistry
 from fedgrpc.aggregator.sessions import Sessions
 from fedgrpc.aggregator.settings import AggregatorSettings
@@ -41,9 +43,9 @@ from fedgrpc.runs.merge import Merge
 from fedgrpc.runs.round_in_progress import RoundInProgress
 from fedgrpc.runs.task_context import Report
 from fedgrpc.simulation.learning.uploads import MemoryJournal, UploadInMemory
-from fedgrpc.storage.database import DATABASE
+from fedgrpc.storage.database import DATABASE, database_errors
 from fedgrpc.storage.run_store import RunStore
-from fedgrpc.storage.task_rows import TaskRow
+from fedgrpc.storage.task_rows import StoredRun, TaskRow
 from fedgrpc.storage.uploads import Upload
 from fedgrpc.v1 import round_pb2
 from fedgrpc.v1.aggregator_pb2 import RegisterRequest, Task, UpdateHeader
@@ -54,7 +56,56 @@ OnRoundEnd = Callable[[RoundInProgress], Awaitable[None]]
 
 
 class _Store(RunStore):
-    """The run's database. Histories change at the end of a round alone: one that is cut off is played again."""
+    """The run's database, which takes what happens all at once by `keep`: when the end of a round is noted.
+
+    So a round that was cut off is played again from where it began. Histories change at its end alone.
+    """
+
+    # A round has ended here whose end is not noted.
+    _unnoted = False
+
+    @contextmanager
+    def _transaction(self) -> Iterator[None]:
+        with database_errors(self.path):
+            if not self._db.in_transaction:
+                self._db.execute("BEGIN IMMEDIATE")
+            self._db.execute("SAVEPOINT part")
+            try:
+                yield
+            except BaseException:
+                self._db.execute("ROLLBACK TO part")
+                raise
+            finally:
+                self._db.execute("RELEASE part")
+
+    def _checkpoint(self) -> None:
+        """Leave it to `keep`."""
+
+    def keep(self) -> None:
+        """Make durable all that has happened. Raises `StorageError`."""
+        with database_errors(self.path):
+            self._db.commit()
+        self._unnoted = False
+        super()._checkpoint()
+
+    def close(self) -> None:
+        """See `Database.close`. What happened since the end of a round that is not noted is forgotten."""
+        if not self._unnoted:
+            self.keep()
+        super().close()
+
+    def save_run(self, run: StoredRun) -> None:
+        """See `RunStore.save_run`. At once: a folder with models needs a database that knows of the run."""
+        super().save_run(run)
+        if not self._unnoted:
+            self.keep()
+
+    def finish_round(
+        self, record: round_pb2.Round, tasks: Iterable[TaskRow], histories: Histories, version: Version | None
+    ) -> None:
+        """See `RunStore.finish_round`."""
+        super().finish_round(record, tasks, histories, version)
+        self._unnoted = True
 
     def save_open_round(
         self,
@@ -89,6 +140,12 @@ class _WatchedRounds(OwnRounds):
         self._commit_s = commit_s
         self.abandoned = abandoned
 
+    async def recover(self, recovery: Recovery) -> None:
+        """See `RoundSource.recover`. Clears away what a process that was cut off has not."""
+        await super().recover(recovery)
+        self._upkeep.over(())
+        await self._upkeep.clear_away()
+
     async def next_round(self) -> RoundInProgress | None:
         """See `RoundSource.next_round`. There is no operator who would resume a run that has paused itself."""
         run = self._coordinator.machine
@@ -103,10 +160,10 @@ class _WatchedRounds(OwnRounds):
 
     async def ended(self, round_: RoundInProgress) -> None:
         """See `RoundSource.ended`."""
-        # Now and not at some wait: what a resumed simulation finds on the disk decides what devices are sent.
-        await self._upkeep.clear_away()
         await super().ended(round_)
         await self._on_end(round_)
+        # Now and not at some wait: what a resumed simulation finds on the disk decides what devices are sent.
+        await self._upkeep.clear_away()
 
 
 class SimulatedUpload:
@@ -170,6 +227,7 @@ class SimulatedAggregator:
             models, journal = ModelStore(folder), MemoryJournal(folder / "uploads")
             store = _Store(folder / DATABASE, settings.keep_rounds)
             self.coordinator = Coordinator(settings, fleet, store, models, journal, Metrics(), clock)
+            self.keep = store.keep
         except OSError as error:
             raise UsageError(f"cannot use the folder {folder}: {error.strerror}") from error
         self._journal = journal

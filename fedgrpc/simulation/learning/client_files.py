@@ -2,11 +2,12 @@
 
     clients/NAME/residual, personal, kept    what the next task starts from (fedgrpc.storage.residual_file)
     clients/NAME/next.*, payload       the update of the task in progress, and what it leaves behind
+    clients/NAME/ended.personal        personal layers of a task that ended in this round without its update
     models/VERSION-DIGEST-SUBMODEL/    a model as devices hold it, once for all that have pulled the same payloads
 
 The rule: an update's residual, and what the run's algorithm keeps, become the current ones when the update is
-accepted, as in a worker's spool, and here only once its round has ended. So a round that is played again starts
-from the same files.
+accepted, as in a worker's spool, and here only once the end of its round is noted. So a round that is played again
+starts from the same files.
 """
 
 from __future__ import annotations
@@ -80,7 +81,11 @@ class ClientFiles:
     @property
     def personal(self) -> Path:
         """Personal layers as they were trained last."""
-        return self._folder / "personal"
+        return self._ended if self._ended.exists() else self._folder / "personal"
+
+    @property
+    def _ended(self) -> Path:
+        return self._folder / "ended.personal"
 
     @property
     def has_residual(self) -> bool:
@@ -102,6 +107,17 @@ class ClientFiles:
             for path in (self.payload, self.next_residual, self.next_personal, self.next_kept):
                 path.unlink(missing_ok=True)
 
+    def restart(self) -> None:
+        """Drop what a round has left whose end was not noted."""
+        self.begin()
+        self._ended.unlink(missing_ok=True)
+
+    def end(self) -> None:
+        """End a task without its update, in the round in progress: its personal layers stay."""
+        if self.next_personal.exists():
+            self.next_personal.replace(self._ended)
+        self.begin()
+
     def open_payload(self) -> BinaryIO:
         """Open the file of the payload, to write it."""
         self.make_folder()
@@ -112,11 +128,15 @@ class ClientFiles:
         self._folder.mkdir(parents=True, exist_ok=True)
 
     def settle(self, accepted: bool) -> None:
-        """End a task: personal layers are those trained last, all else counts with its update alone."""
+        """Take what the device's tasks of a round have left: personal layers, and with an update all else.
+
+        It may be done once more after it was cut off.
+        """
         if not self.exist:
             return
-        if self.next_personal.exists():
-            self.next_personal.replace(self.personal)
+        for path in (self._ended, self.next_personal):
+            if path.exists():
+                path.replace(self._folder / "personal")
         for path, name in ((self.next_residual, "residual"), (self.next_kept, "kept")):
             if accepted and path.exists():
                 path.replace(self._folder / name)

@@ -11,7 +11,7 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
@@ -22,6 +22,7 @@ from fedgrpc.codec.recipe import Recipe
 from fedgrpc.errors import FedgrpcError, TaskError, UsageError
 from fedgrpc.protocol.descriptions import ModelDescription
 from fedgrpc.protocol.tasks import Task
+from fedgrpc.rounds.fields import with_fields
 from fedgrpc.rounds.policy import TaskKind
 from fedgrpc.simulation.learning.client_files import ClientFiles
 from fedgrpc.simulation.learning.experiment import Learning
@@ -51,7 +52,8 @@ from fedgrpc.worker.update import (
     update_of,
 )
 
-_TRAINERS: Final = 64
+# Of parts of the data, which most learning tasks share: then a trainer is a few kilobytes.
+_TRAINERS: Final = 1024
 _MODELS: Final = 4
 # Updates of smaller models are handed over in memory, and such models decoded once for all clients.
 _SMALL_MODEL_BYTES: Final = 1 << 20
@@ -205,15 +207,17 @@ class ClientWorker:
     def _perform(self, work: ClientWork) -> tuple[aggregator_pb2.UpdateHeader, bytes | None, int]:
         task = work.task
         steps = task.plan.max_steps if work.most_steps is None else work.most_steps
-        task = replace(task, plan=replace(task.plan, upload_reserve_s=None, max_steps=steps), deadline_s=None)
+        plan = with_fields(task.plan, upload_reserve_s=None, max_steps=steps)
+        task = with_fields(task, plan=plan, deadline_s=None)
         trainer, files = self._trainer(work.client), ClientFiles(work.folder)
-        personal = files.personal
+        personal = files.personal if files.exist else None
         held = None if work.held is None else self._held(work.held)
 
         def given(on_access: bool) -> Weights:
-            if held is None:
-                return {}
-            return load_personal_layers(held.given(on_access), personal, work.run_id, task.is_personal)
+            weights = {} if held is None else held.given(on_access)
+            if personal is None:
+                return weights
+            return load_personal_layers(weights, personal, work.run_id, task.is_personal)
 
         with fitting(task):
             kept = files.kept(work.run_id).tensors if algorithm_for(task).keeps else {}
@@ -221,7 +225,7 @@ class ClientWorker:
         layout = () if held is None else held.layout
         if work.left_s is not None and Recipe.parse(task.upload_recipe or "raw").budget:
             # A budget of bytes by the link asks how much time is left, by the clock of this process.
-            task = replace(task, deadline_s=time.monotonic() + work.left_s)
+            task = with_fields(task, deadline_s=time.monotonic() + work.left_s)
         header, payload = self._write(work, task, outcome, given, layout, files)
         return header, payload, outcome.steps
 

@@ -66,4 +66,4 @@ class SimulatedDevice:
         else:
             world.tally.wasted_s += task.trained_s
             task.drop()
-            world.files(self.name).settle(accepted=False)
+            world.task_ended(self.name)

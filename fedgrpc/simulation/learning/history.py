@@ -1,8 +1,9 @@
 """The history of a simulation: one line for each round, and where its devices stood after it.
 
-The rule: a line is written once the round is recorded by the aggregator, and its tasks are over. So nothing that
-happens is left out between the line and the next round, but for tasks that are carried over. Scores come with the
-version that they are of, perhaps after its line: they are read from the aggregator's own records.
+The rule: a line is written once the tasks of its round are over, and only then does the database keep the round.
+So nothing that happens is left out between the line and the next round, but for tasks that are carried over. A
+line whose round is not in the database is dropped, also half a line. Scores come with the version that they are
+of, perhaps after its line: they are read from the aggregator's own records.
 """
 
 from __future__ import annotations
@@ -56,31 +57,35 @@ class History:
     def __init__(self, path: Path) -> None:
         """Read what a former process has written.
 
-        Raises `UsageError` for a file that is none or that a kill has cut off, and `StorageError`.
+        Raises `UsageError` for a file that is none, or that lacks a round, and `StorageError`.
         """
         self._path = path
         self.rows: list[RoundRow] = []
         # Where everybody stood after the last of them.
         self._state: dict[str, Any] = {}
-        if path.exists():
-            self._read()
-        if (ended := self._recorded()) != (self.rows[-1].round if self.rows else None):
+        # Of the lines that count; the next one goes there.
+        self._size_bytes = 0
+        ended = self._recorded()
+        if path.exists() and ended is not None:
+            self._read(ended)
+        if ended != (self.rows[-1].round if self.rows else None):
             raise UsageError(
-                f"{path} cannot be resumed: it does not end with round {ended}, the last one that the aggregator "
+                f"{path} cannot be resumed: it does not have round {ended}, the last one that the aggregator "
                 "has recorded; begin again in another folder"
             )
 
-    def _read(self) -> None:
-        text = self._path.read_text()
-        if text and not text.endswith("\n"):
-            raise UsageError(
-                f"{self._path} cannot be resumed: its last line was cut off; begin again in another folder"
-            )
+    def _read(self, ended: int) -> None:
+        """Read the lines up to that of round `ended`. One more may follow: of a round that is played again."""
         try:
-            for line in text.splitlines():
+            for line in self._path.read_bytes().splitlines(keepends=True):
+                if not line.endswith(b"\n"):
+                    return
                 values = json.loads(line)
                 self._state = values.pop("state")
                 self.rows.append(RoundRow(**{**values, "workers": tuple(values["workers"])}))
+                self._size_bytes += len(line)
+                if values["round"] == ended:
+                    return
         except (ValueError, TypeError, KeyError) as error:
             raise UsageError(f"{self._path} is no history of a simulation: {error}") from error
 
@@ -115,6 +120,7 @@ class History:
 
     def restore(self, world: World) -> None:
         """Take a new world to where the last round has left the former one. Raises `UsageError`."""
+        world.restore_files(self.rows[-1].round if self.rows else None)
         if not self.rows:
             return
         if (seed := self._state.get("seed")) != world.seed:
@@ -148,8 +154,11 @@ class History:
             **asdict(world.tally),
         )
         self.rows.append(row)
-        with self._path.open("a") as file:
-            file.write(json.dumps({**asdict(row), "state": world.state()}) + "\n")
+        line = json.dumps({**asdict(row), "state": world.state()}).encode() + b"\n"
+        with self._path.open("ab") as file:
+            file.truncate(self._size_bytes)
+            file.write(line)
+        self._size_bytes += len(line)
         return row
 
     def scores(self) -> dict[int, dict[str, float]]:

@@ -2,7 +2,7 @@
 
     FOLDER/run        the data folder of the aggregator, as a deployed one has it
     FOLDER/devices    what the devices keep
-    FOLDER/history.jsonl    one line for each version (`history`)
+    FOLDER/history.jsonl    one line for each round (`history`)
 
 The rule: the folder is enough to go on from. What a simulation did in the round that was cut off is played again.
 """
@@ -85,6 +85,7 @@ class LearningRun:
             )
             self._world = world
             await self._register(world)
+            aggregator.keep()
             self.history.restore(world)
             # What is there now stays: the collector need not look at it again and again.
             gc.collect()
@@ -126,8 +127,12 @@ class LearningRun:
         world.round_ended(frozenset(round_.state.carried), committed)
         await asyncio.sleep(MOMENT_S)
         run, settings = world.aggregator.run, world.aggregator.coordinator.settings
-        world.prune_models(run.version - settings.keep_versions - 1)
+        world.forget_models(run.version - settings.keep_versions - 1)
+        # In this order: a line that the database knows nothing of is dropped, and what is noted is settled again.
+        world.begin_settling(round_.number)
         row = self.history.add(world, round_)
+        world.aggregator.keep()
+        world.settle()
         rounds = settings.rounds
         self._show(row, 0.0 if rounds is None else min(1.0, run.trained / rounds))
 

@@ -11,6 +11,7 @@ from typing import Any, Final
 from fedgrpc.protocol.tasks import Task
 from fedgrpc.simulation.devices import Devices
 from fedgrpc.simulation.learning.aggregator import SimulatedAggregator
+from fedgrpc.simulation.learning.asked import read_json, write_json
 from fedgrpc.simulation.learning.client_files import ClientFiles, HeldKey, HeldModels
 from fedgrpc.simulation.learning.client_work import TaskFacts
 from fedgrpc.simulation.learning.engine import Engine
@@ -40,6 +41,7 @@ class World:
 
     `held` has the model that each device holds, by its name. By token, `accepted` has the devices whose updates
     wait for the end of their round and how long each has trained, and `at_work` how long those at work may be.
+    `left` has the devices whose tasks are over, and whether their updates count, until `settle`.
     `examples`, and `held_out` ones to score with, are those of each device, by its index; 0: not known yet.
     """
 
@@ -58,7 +60,9 @@ class World:
     accepted: dict[str, tuple[str, float]] = field(default_factory=dict)
     at_work: dict[str, asyncio.Timeout] = field(default_factory=dict)
     tally: Tally = field(default_factory=Tally)
+    left: dict[str, bool] = field(default_factory=dict)
     clients: Path = field(init=False)
+    _files: dict[str, ClientFiles] = field(default_factory=dict)
     _works: dict[LocalModelPlan, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -86,7 +90,9 @@ class World:
 
     def files(self, name: str) -> ClientFiles:
         """Return the files of a device."""
-        return ClientFiles(self.clients / name)
+        if name not in self._files:
+            self._files[name] = ClientFiles(self.clients / name)
+        return self._files[name]
 
     async def until(self, time_s: float) -> None:
         """Let the time pass until then, virtual seconds."""
@@ -105,10 +111,10 @@ class World:
         return self._works[plan]
 
     def round_ended(self, tokens: frozenset[str], committed: bool) -> None:
-        """Settle the accepted updates of a round that has ended, and end its tasks, but for those of `tokens`."""
+        """Count the accepted updates of a round that has ended, and end its tasks, but for those of `tokens`."""
         for token in [each for each in self.accepted if each not in tokens]:
             name, trained_s = self.accepted.pop(token)
-            self.files(name).settle(accepted=committed)
+            self.left[name] = committed
             if not committed:
                 # No version has it.
                 self.tally.wasted_s += trained_s
@@ -116,7 +122,41 @@ class World:
             if token not in tokens:
                 limit.reschedule(self.clock())
 
-    def prune_models(self, oldest: int) -> None:
-        """Forget models that are older than any delta base, and that nobody works on."""
+    def task_ended(self, name: str) -> None:
+        """Note that a task of a device is over without its update."""
+        self.files(name).end()
+        self.left.setdefault(name, False)
+
+    def forget_models(self, oldest: int) -> None:
+        """Let devices hold no model that is older than any delta base."""
         self.held = {name: key for name, key in self.held.items() if key.version >= oldest}
+
+    # Files, which change for good once the end of their round is noted.
+
+    @property
+    def _settling(self) -> Path:
+        return self.folder / "settling.json"
+
+    def begin_settling(self, round_: int) -> None:
+        """Note what is to be settled as soon as the end of this round is noted. Raises OSError."""
+        self.left = {name: accepted for name, accepted in self.left.items() if self.files(name).exist}
+        if self.left:
+            write_json(self._settling, [round_, self.left])
+
+    def settle(self) -> None:
+        """Take what the tasks of a round have left, and remove models that nobody holds any more."""
+        self._settle(self.left)
+        self.left = {}
         self.models.keep_only({*self.held.values(), *self.in_use.values()})
+
+    def _settle(self, left: Mapping[str, bool]) -> None:
+        for name, accepted in left.items():
+            self.files(name).settle(accepted)
+        self._settling.unlink(missing_ok=True)
+
+    def restore_files(self, round_: int | None) -> None:
+        """Take the files of all devices to the end of a round, the last one that was noted."""
+        settling = read_json(self._settling)
+        self._settle(settling[1] if settling is not None and settling[0] == round_ else {})
+        for folder in self.clients.iterdir() if self.clients.exists() else ():
+            ClientFiles(folder).restart()
