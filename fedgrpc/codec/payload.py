@@ -40,7 +40,7 @@ Submit = Callable[[Callable[[int], memoryview], int], "Result"]
 
 def in_pieces(entry: TensorEntry) -> bool:
     """Return whether a tensor can be decoded a piece at a time, by `PayloadReader.fill_from`."""
-    return entry.encoding == Raw() or (isinstance(entry.encoding, Uniform) and entry.spec.dtype == "float32")
+    return _is_raw(entry) or (isinstance(entry.encoding, Uniform) and entry.spec.dtype == "float32")
 
 
 def neighbours(manifest: Manifest) -> set[tuple[str, str]]:
@@ -52,13 +52,15 @@ def neighbours(manifest: Manifest) -> set[tuple[str, str]]:
     if manifest.compression != "none":
         return set()
     together = set()
-    for entry, after in pairwise(manifest.entries):
-        first, second = entry.spec, after.spec
-        raw = entry.encoding == Raw() and after.encoding == Raw()
+    for (first, raw), (second, raw_too) in pairwise((entry.spec, _is_raw(entry)) for entry in manifest.entries):
         alike = first.is_float and first.dtype == second.dtype and first.role == second.role
-        if raw and alike and first.size and second.size:
+        if raw and raw_too and alike and first.size and second.size:
             together.add((first.name, second.name))
     return together
+
+
+def _is_raw(entry: TensorEntry) -> bool:
+    return isinstance(entry.encoding, Raw) and not entry.encoding.shuffle
 
 
 def write_payload(
@@ -255,7 +257,7 @@ class PayloadReader:
         if not (entry.spec.is_float and in_pieces(entry)):
             return None
         dtype, start_bytes = entry.spec.numpy_dtype, self._starts[i]
-        if entry.encoding == Raw():
+        if _is_raw(entry):
 
             def elements(start: int, stop: int) -> Array:
                 at = start_bytes + start * dtype.itemsize

@@ -14,7 +14,7 @@ from typing import Any, Final, Protocol, TypeVar, cast
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, RandomSampler, SequentialSampler, TensorDataset
+from torch.utils.data import DataLoader, Dataset, RandomSampler, SequentialSampler, Subset, TensorDataset
 
 from fedgrpc.errors import TaskError, UsageError
 from fedgrpc.trainer import TrainJob
@@ -174,19 +174,23 @@ class _Indexed:
 
 
 class TensorBatches(_Indexed):
-    """Examples in two tensors, which stay on the device if they fit."""
+    """Examples in two tensors, which stay on the device if they fit. `rows` (int64): those examples alone."""
 
-    def __init__(self, inputs: Tensor, targets: Tensor, device: torch.device) -> None:
+    def __init__(
+        self, inputs: Tensor, targets: Tensor, device: torch.device, rows: np.ndarray | None = None
+    ) -> None:
         home = device if _fits(inputs, device) else torch.device("cpu")
         self._inputs, self._targets = inputs.to(home), targets.to(home)
         self._device = device
+        self._rows = rows
 
     def __len__(self) -> int:
-        return len(self._targets)
+        return len(self._targets if self._rows is None else self._rows)
 
     def batch(self, indices: np.ndarray) -> tuple[Tensor, Tensor]:
         """See `_Indexed`."""
-        index = torch.from_numpy(indices).to(self._inputs.device)
+        rows = indices if self._rows is None else self._rows[indices]
+        index = torch.from_numpy(rows).to(self._inputs.device)
         inputs, targets = self._inputs.index_select(0, index), self._targets.index_select(0, index)
         return inputs.to(self._device), targets.to(self._device)
 
@@ -244,8 +248,11 @@ def batches_of(dataset: Any, device: torch.device, task: Collating) -> Batches:
     """Choose the fastest way to read `dataset`, which may be a `DataLoader`."""
     if isinstance(dataset, DataLoader):
         return LoaderBatches(dataset, device, task)
-    if isinstance(dataset, TensorDataset) and len(dataset.tensors) == 2:
-        return TensorBatches(dataset.tensors[0], dataset.tensors[1], device)
+    examples, rows = dataset, None
+    if isinstance(dataset, Subset):
+        examples, rows = dataset.dataset, np.asarray(dataset.indices, np.int64)
+    if isinstance(examples, TensorDataset) and len(examples.tensors) == 2:
+        return TensorBatches(*examples.tensors, device, rows)
     return ItemBatches(dataset, device, task)
 
 

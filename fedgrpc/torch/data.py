@@ -86,12 +86,18 @@ class LocalData:
         other._setup = replace(self._setup, partition=partition, part=part)
         index, parts = parse_part(part)
         rule, seed = parse_partition(partition), self._setup.seed
+        noisy = isinstance(rule, FeatureNoise)
 
         def part_of(dataset: Any, held_out: bool) -> Any:
             key = partition, parts, held_out
             if key not in self._parts:
                 self._parts[key] = _split(dataset, rule, parts, seed)
-            return subset_of(dataset, self._parts[key][index]) if size_of(dataset) else dataset
+            if not size_of(dataset):
+                return dataset
+            rows = self._parts[key][index]
+            # All parts share the tensors, which noise changes, and which a device of its own gets a copy of.
+            shared = isinstance(dataset, TensorDataset) and not noisy and self._device.type == "cpu"
+            return Subset(dataset, cast(Sequence[int], rows)) if shared else subset_of(dataset, rows)
 
         train = _with_noise(part_of(self._train, False), rule, index, parts, seed)
         other._take(train, part_of(self._held_out, True))
@@ -263,6 +269,8 @@ def size_of(dataset: Any) -> int:
 def labels_of(dataset: Any) -> np.ndarray:
     """Return each example's label [N], from the data set's tensors or `targets` where it has them."""
     examples = _examples_of(dataset)
+    if isinstance(examples, Subset):
+        return labels_of(examples.dataset)[np.asarray(examples.indices, np.int64)]
     if isinstance(examples, TensorDataset):
         return examples.tensors[-1].numpy()
     targets = getattr(examples, "targets", None)

@@ -48,7 +48,13 @@ class ModuleCopies:
         """Return a copy with other tensors in place of those with these ids, which are not copied."""
         if self._pickled is None:
             return with_tensors(self._module, tensors)
-        module = _Unpickler(io.BytesIO(self._pickled), self._referred, tensors).load()
+        # Only what `_Pickler` has written in this process.
+        # Tied tensors stay tied, also those that are no part of the module's state.
+        memo: dict[int, Any] = dict(tensors)
+        referred = [copy.deepcopy(each, memo) if isinstance(each, Tensor) else each for each in self._referred]
+        unpickler = pickle.Unpickler(io.BytesIO(self._pickled))
+        unpickler.persistent_load = referred.__getitem__  # type: ignore[method-assign]
+        module = unpickler.load()
         assert isinstance(module, nn.Module)
         return module
 
@@ -70,20 +76,6 @@ class _Pickler(pickle.Pickler):
             self._places[id(obj)] = len(self._referred)
             self._referred.append(obj)
         return self._places[id(obj)]
-
-
-class _Unpickler(pickle.Unpickler):
-    """Reads only what `_Pickler` has written in this process."""
-
-    def __init__(self, pickled: io.BytesIO, referred: list[Any], tensors: Mapping[int, Tensor]) -> None:
-        super().__init__(pickled)
-        self._referred = referred
-        # Tied tensors stay tied, also those that are no part of the module's state.
-        self._memo: dict[int, Any] = dict(tensors)
-
-    def persistent_load(self, place: int) -> Any:
-        found = self._referred[place]
-        return copy.deepcopy(found, self._memo) if isinstance(found, Tensor) else found
 
 
 def with_tensors(module: nn.Module, tensors: Mapping[int, Tensor]) -> nn.Module:

@@ -107,8 +107,6 @@ def run_training(
     scaling = _loss_scale(task, local)
     step = TrainingStep(parameters, optimizer, _term(job, model), scaling)
     loss_of_batch = _batch_loss(task, data, job, model, local, nested)
-    # BatchNorm cannot train on a single example, such as the last one of an epoch may be.
-    skips_single = len(train) > 1 and _has_batch_norm(model)
     # Losses stay on the device, because reading one each step would make the CPU wait for an accelerator. They
     # are summed at the end, because a small number format could not hold the sum.
     losses: list[Tensor] = []
@@ -120,7 +118,8 @@ def run_training(
         for inputs, targets in train.training(job, task.batch_size):
             steps += 1
             count = count_of((inputs, targets))
-            if count == 1 and skips_single:
+            # BatchNorm cannot train on a single example, such as the last one of an epoch may be.
+            if count == 1 and len(train) > 1 and _has_batch_norm(model):
                 continue
             set_rate(steps - 1)
             step.clear()
@@ -136,8 +135,8 @@ def run_training(
                 losses.append(loss.detach())
                 examples.append(part.stop - part.start)
             step.take()
-    first_loss = float(losses[0]) if losses else 0.0
-    return TrainingRun(_mean_loss(losses, examples), steps, memory.total(optimizer), first_loss)
+    values = torch.stack(losses).tolist() if losses else []
+    return TrainingRun(_mean_loss(values, examples), steps, memory.total(optimizer), values[0] if values else 0.0)
 
 
 def _batch_loss(
@@ -275,7 +274,9 @@ def _term(job: TrainJob, model: nn.Module) -> AddedTerm | None:
 def _levers(task: LearningTask, job: TrainJob) -> Memory:
     plan = job.local_model
     asked = Memory() if plan is None or plan.memory is None else plan.memory
-    return asked if asked.micro_batches > 1 else replace(asked, micro_batches=task.micro_batches)
+    if asked.micro_batches > 1 or task.micro_batches == asked.micro_batches:
+        return asked
+    return replace(asked, micro_batches=task.micro_batches)
 
 
 def _optimizer(
@@ -311,10 +312,9 @@ def _with_nested(loss: Tensor, nested: Nested | None, loss_of: Loss, inputs: Val
     return torch.stack([loss, *narrow]).sum()
 
 
-def _mean_loss(losses: list[Tensor], examples: list[int]) -> float:
+def _mean_loss(losses: list[float], examples: list[int]) -> float:
     """Average the batches' mean losses over the examples; 0 without any batch."""
-    values = np.array(torch.stack(losses).tolist()) if losses else np.zeros(0)
-    return float(values @ np.array(examples, np.float64) / max(1, sum(examples)))
+    return float(np.array(losses, np.float64) @ np.array(examples, np.float64) / max(1, sum(examples)))
 
 
 @torch.no_grad()
