@@ -45,7 +45,7 @@ from fedgrpc.runs.task_context import Report
 from fedgrpc.simulation.learning.uploads import MemoryJournal, UploadInMemory
 from fedgrpc.storage.database import DATABASE, database_errors
 from fedgrpc.storage.run_store import RunStore
-from fedgrpc.storage.task_rows import StoredRun, TaskRow
+from fedgrpc.storage.task_rows import RunRow, TaskRow
 from fedgrpc.storage.uploads import Upload
 from fedgrpc.v1 import round_pb2
 from fedgrpc.v1.aggregator_pb2 import RegisterRequest, Task, UpdateHeader
@@ -94,7 +94,7 @@ class _Store(RunStore):
             self.keep()
         super().close()
 
-    def save_run(self, run: StoredRun) -> None:
+    def save_run(self, run: RunRow) -> None:
         """See `RunStore.save_run`. At once: a folder with models needs a database that knows of the run."""
         super().save_run(run)
         if not self._unnoted:
