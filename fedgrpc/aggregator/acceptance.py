@@ -20,8 +20,8 @@ from fedgrpc.aggregator.upload_reader import ByteBudget
 from fedgrpc.codec.manifest import Manifest
 from fedgrpc.errors import CodecError, LayoutError, RoundClosed, StorageError, TooLargeError, UpdateRefused
 from fedgrpc.runs.events import UpdateAccepted
-from fedgrpc.runs.merge import Weighing
 from fedgrpc.runs.task_context import Report
+from fedgrpc.runs.weighing import Weighing
 from fedgrpc.storage.update_file import StoredUpdate
 from fedgrpc.storage.uploads import UploadJournal
 from fedgrpc.v1.aggregator_pb2 import UpdateHeader

@@ -62,8 +62,8 @@ from fedgrpc.runs.events import (
 )
 from fedgrpc.runs.fleet import FleetView
 from fedgrpc.runs.machine import RunMachine
-from fedgrpc.runs.merge import Weighing
 from fedgrpc.runs.rules import RunRules
+from fedgrpc.runs.weighing import Weighing
 from fedgrpc.storage.data_folder import DataFolder
 from fedgrpc.storage.run_store import RunStore
 from fedgrpc.storage.task_rows import RunRow

@@ -32,9 +32,10 @@ from fedgrpc.protocol.tensors import channels_from_proto
 from fedgrpc.rounds.policy import TaskKind
 from fedgrpc.rounds.version import Version
 from fedgrpc.runs.machine import RunMachine
-from fedgrpc.runs.merge import Merge, Weighing
+from fedgrpc.runs.merge import Merge
 from fedgrpc.runs.round_in_progress import RoundInProgress
 from fedgrpc.runs.secure_sum import SecureSum
+from fedgrpc.runs.weighing import Weighing
 from fedgrpc.storage.model_file import ModelFile, write_model
 from fedgrpc.storage.update_file import StoredUpdate
 from fedgrpc.storage.uploads import UploadJournal

@@ -29,10 +29,10 @@ from fedgrpc.rounds.round import StoredTask, restore
 from fedgrpc.runs.events import (
     RoundOpened,
 )
-from fedgrpc.runs.merge import Weighing
 from fedgrpc.runs.round_in_progress import RoundInProgress
 from fedgrpc.runs.secure_sum import SecureSum
 from fedgrpc.runs.task_context import LocalTask, Report, TaskContext
+from fedgrpc.runs.weighing import Weighing
 from fedgrpc.storage.task_rows import StoredRound, TaskRow
 from fedgrpc.storage.uploads import UploadJournal
 from fedgrpc.submodels.plan_choice import PlanChoice

@@ -34,8 +34,8 @@ from fedgrpc.protocol.tensors import layout_to_proto, manifest_from_proto
 from fedgrpc.protocol.updates import report_from_proto
 from fedgrpc.rounds.policy import TaskKind
 from fedgrpc.rpc.channel import MAX_MESSAGE_BYTES
-from fedgrpc.runs.merge import Weighing
 from fedgrpc.runs.task_context import LocalTask, Report
+from fedgrpc.runs.weighing import Weighing
 from fedgrpc.storage.update_file import StoredUpdate, UpdateFile
 from fedgrpc.submodels.channels import KeptChannels
 from fedgrpc.v1.aggregator_pb2 import UpdateHeader

@@ -2,7 +2,7 @@
 
     d_k = (w_k - w) / ||a_k||_1          w + tau_eff sum_k p_k d_k          tau_eff = sum_k p_k ||a_k||_1
 
-`fedgrpc.aggregation.scaling` has ||a||_1 and the bound on what a worker may claim; `fedgrpc.runs.merge` applies
+`fedgrpc.aggregation.scaling` has ||a||_1 and the bound on what a worker may claim. `fedgrpc.runs.weighing` applies
 them, to the means of leaves too.
 """
 

@@ -11,8 +11,8 @@ from fedgrpc.codec.layout import layout_of
 from fedgrpc.codec.manifest import Limits
 from fedgrpc.errors import LayoutError, TooLargeError, UpdateRefused
 from fedgrpc.rounds.policy import TaskKind
-from fedgrpc.runs.merge import Weighing
 from fedgrpc.runs.task_context import LocalTask
+from fedgrpc.runs.weighing import Weighing
 from fedgrpc.storage.uploads import UploadJournal
 from fedgrpc.training_plan import TrainingPlan
 from tests.support.stored_updates import accept, encoded, header_of

@@ -25,8 +25,8 @@ from fedgrpc.privacy.secure_policy import SecurePolicy
 from fedgrpc.privacy.secure_vector import SecureVector
 from fedgrpc.protocol.secure import MASKED, keys_to_proto, secure_terms_from_proto
 from fedgrpc.rounds.policy import RoundPolicy, TaskKind
-from fedgrpc.runs.merge import Weighing
 from fedgrpc.runs.task_context import LocalTask
+from fedgrpc.runs.weighing import Weighing
 from fedgrpc.submodels.plan import LocalModelPlan
 from fedgrpc.submodels.plan_table import PlanTable
 from fedgrpc.training_plan import TrainingPlan

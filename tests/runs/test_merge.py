@@ -12,8 +12,9 @@ from fedgrpc.errors import UnusableUpdate, UpdateRefused
 from fedgrpc.protocol.updates import report_from_proto
 from fedgrpc.rounds.policy import TaskKind
 from fedgrpc.runs.events import UpdateAccepted
-from fedgrpc.runs.merge import Merge, Weighing
+from fedgrpc.runs.merge import Merge
 from fedgrpc.runs.task_context import Report
+from fedgrpc.runs.weighing import Weighing
 from fedgrpc.training_plan import TrainingPlan
 from fedgrpc.v1.aggregator_pb2 import UpdateHeader
 from tests.support.run_scenario import REPORT, RunScenario
