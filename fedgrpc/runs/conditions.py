@@ -1,4 +1,4 @@
-"""Conditions on scores that devices report, as in `accuracy>=0.9`, and what many reports say of one. Pure.
+"""Conditions on scores, as in `accuracy>=0.9`, and what many reports say of one. Pure.
 
 The rule: the median decides. Fewer than half of the devices can neither fake a good model nor a bad one, whatever
 they claim.
