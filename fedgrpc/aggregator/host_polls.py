@@ -83,6 +83,12 @@ class HostPolls:
             return pb.PollTaskResponse(introduce=run.terms()), b""
         if (question := run.coordinator.secure_sums.question(worker.name, token)) is not None:
             return pb.PollTaskResponse(question=question), b""
+        return await self._task(run, token, worker, request, sending)
+
+    async def _task(
+        self, run: HostedRun, token: str, worker: Worker, request: pb.PollTaskRequest, sending: ExitStack
+    ) -> tuple[pb.PollTaskResponse, bytes]:
+        """Return the answer with a task, and its model where that comes along."""
         task = run.coordinator.terms.message(worker.name, token)
         if worker.registration.many_runs and not run.is_own:
             task.terms.CopyFrom(run.terms())

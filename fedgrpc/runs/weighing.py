@@ -161,25 +161,7 @@ class Weighing:
         weights = self._weights(round_.kind, reports, workers)
         scales, accumulated, mixed = dict.fromkeys(weights, 1.0), 0.0, _NONE_MIXED
         if round_.kind is TaskKind.TRAIN:
-            if self.algorithm.normalizes:
-                # FedNova, arXiv 2007.07481: every update counts as if it had taken as many steps as the mean.
-                work = [self._work(token, report) for token, report in reports.items()]
-                scales = dict(zip(weights, nova_scales(list(weights.values()), work), strict=True))
-                accumulated = effective_steps(list(weights.values()), work)
-            else:
-                scales = self._algorithms_scales(weights, reports, norms)
-            # Never of scales by steps: the settings refuse both together.
-            if self.clips:
-                longest = self._longest(norms)
-                scales = {token: scale * clip_scale(norms[token], longest) for token, scale in scales.items()}
-            if self.cohort is not None:
-                # The mean divides by the count of updates, which is none of anybody's business: arXiv 1710.06963.
-                scales = {token: scale * len(scales) / self.cohort for token, scale in scales.items()}
-            # Last, since it lowers whatever the algorithm made of an old update.
-            scales = {
-                token: scale * self._age_scale(round_.state.tasks[token].staleness)
-                for token, scale in scales.items()
-            }
+            scales, accumulated = self._scales(round_, weights, reports, norms)
             if self.algorithm.mixing(0) is not None:
                 mixed = {token: round_.version_of(token) for token in weights}
         return Merge(
@@ -195,6 +177,33 @@ class Weighing:
             sum(self.workers(report) for report in reports.values()),
             mixed=mixed,
         )
+
+    def _scales(
+        self,
+        round_: RoundInProgress,
+        weights: Mapping[str, float],
+        reports: Mapping[str, Report],
+        norms: Mapping[str, float],
+    ) -> tuple[dict[str, float], float]:
+        """Return the factor on the difference of each update, and the steps that count of each; 0: all of them."""
+        accumulated = 0.0
+        if self.algorithm.normalizes:
+            # FedNova, arXiv 2007.07481: every update counts as if it had taken as many steps as the mean.
+            work = [self._work(token, report) for token, report in reports.items()]
+            scales = dict(zip(weights, nova_scales(list(weights.values()), work), strict=True))
+            accumulated = effective_steps(list(weights.values()), work)
+        else:
+            scales = self._algorithms_scales(weights, reports, norms)
+        # Never of scales by steps: the settings refuse both together.
+        if self.clips:
+            longest = self._longest(norms)
+            scales = {token: scale * clip_scale(norms[token], longest) for token, scale in scales.items()}
+        if self.cohort is not None:
+            # The mean divides by the count of updates, which is none of anybody's business: arXiv 1710.06963.
+            scales = {token: scale * len(scales) / self.cohort for token, scale in scales.items()}
+        # Last, since it lowers whatever the algorithm made of an old update.
+        stale = {token: self._age_scale(round_.state.tasks[token].staleness) for token in scales}
+        return {token: scale * stale[token] for token, scale in scales.items()}, accumulated
 
     def _age_scale(self, staleness: int) -> float:
         """Return the factor on an update that is so many versions old: FedAsync's, else FedBuff's (2106.06639)."""
