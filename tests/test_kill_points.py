@@ -5,9 +5,9 @@ import importlib
 
 import pytest
 
-from tests.faults.points import AGGREGATOR, CARRYING, PRIVATE, SECURE, WORKER
+from tests.faults.points import AGGREGATOR, CARRYING, PRIVATE, SECURE, SECURE_LEAF, WORKER
 
-POINTS = {**AGGREGATOR, **CARRYING, **PRIVATE, **SECURE, **WORKER}
+POINTS = {**AGGREGATOR, **CARRYING, **PRIVATE, **SECURE, **SECURE_LEAF, **WORKER}
 
 
 @pytest.mark.parametrize("name", POINTS)

@@ -117,7 +117,7 @@ def arm(point):
 
 
 if __name__ == "__main__":
-    from tests.faults.points import AGGREGATOR, CARRYING, PRIVATE, SECURE, WORKER
+    from tests.faults.points import AGGREGATOR, CARRYING, PRIVATE, SECURE, SECURE_LEAF, WORKER
 
-    arm({**AGGREGATOR, **CARRYING, **PRIVATE, **SECURE, **WORKER}[sys.argv[1]])
+    arm({**AGGREGATOR, **CARRYING, **PRIVATE, **SECURE, **SECURE_LEAF, **WORKER}[sys.argv[1]])
     main(sys.argv[2:])

@@ -101,6 +101,18 @@ SECURE = {
     "secure-tasks-stored": Point(f"{_STORAGE}.run_store:RunStore.save_open_round", "after"),
 }
 
+# Of a leaf with secure sums, in its first round.
+SECURE_LEAF = {
+    "leaf-tasks-not-stored": Point(f"{_STORAGE}.run_store:RunStore.save_open_round"),
+    "leaf-tasks-stored": Point(f"{_STORAGE}.run_store:RunStore.save_open_round", "after"),
+    "leaf-roster-not-stored": Point(f"{_AGGREGATOR}.stored_sum:store", count=2),
+    "leaf-question-stored": Point(f"{_AGGREGATOR}.stored_sum:store", "after", count=3),
+    "leaf-sum-made": Point("fedgrpc.hierarchy.parent_rounds:ParentRounds._write_bounds"),
+    "leaf-bounds-stored": Point("fedgrpc.hierarchy.parent_rounds:ParentRounds._write_bounds", "after"),
+    "leaf-mean-stored": Point("fedgrpc.hierarchy.partial_aggregate:AggregateFile.write", "after"),
+    "leaf-round-stored": Point(f"{_STORAGE}.run_store:RunStore.finish_round", "after"),
+}
+
 WORKER = {
     "registered": Point(f"{_WORKER}.client:AggregatorClient.register", "after"),
     "idle": Point(f"{_WORKER}.client:AggregatorClient.poll", count=2),

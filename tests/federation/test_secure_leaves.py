@@ -18,6 +18,7 @@ from fedgrpc.privacy.secure_policy import SecurePolicy
 from fedgrpc.protocol.secure import groups_complaint, secure_groups_to_proto
 from fedgrpc.rounds.policy import RoundPolicy
 from fedgrpc.v1 import device_pb2, round_pb2
+from tests.faults.points import SECURE_LEAF as SECURE_LEAF_POINTS
 from tests.federation.test_secure_sums import DiesInTraining, Killed, ended
 from tests.support.hand_driven_device import refused
 from tests.support.joining import OUTSIDE, new_token
@@ -328,7 +329,8 @@ async def test_a_leaf_that_is_killed_in_any_phase_goes_on_with_its_sum(tmp_path,
             weights = root.weights(2)
             await ended(killed)
     assert {task.worker: (task.phase, task.merged_updates) for task in round_.tasks} == {"leaf": (ACCEPTED, 3)}
-    assert_mean_of_last(weights, watched, 3)
+    mean = mean_of(watched, slice(-3, None))
+    close(weights, {name: before + mean[name] for name, before in MODEL.items()})
 
 
 class Kills(ShiftTrainer):
@@ -344,16 +346,38 @@ class Kills(ShiftTrainer):
         return super().train(weights, job)
 
 
-def assert_mean_of_last(weights, watched, count):
-    """The version is that of the last `count` vectors that devices masked: all of one sum."""
-    total = sum(watched.plain[-count:])
-    bound = 16 * 10 / np.sqrt(316)
-    at = 0
-    for name, before in MODEL.items():
-        part = total[at : at + before.size].reshape(before.shape).astype(np.float64)
-        at += before.size
-        mean = part / count * (2 * bound / 255) - bound
-        np.testing.assert_allclose(weights[name], before + mean, rtol=3e-7, atol=3e-7)
+def mean_of(watched, three):
+    """The mean of the vectors that three devices masked, which are all of one sum."""
+    vector, total = watched.vectors[three][0], sum(watched.plain[three])
+    return {name: mean.astype(np.float32) for name, mean in vector.means(total).items()}
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("point", SECURE_LEAF_POINTS)
+async def test_a_leaf_that_is_killed_between_two_of_its_writes_makes_the_same_sums(
+    tmp_path, watched, killed, point
+):
+    """The bounds of its second round are those that follow from its first mean."""
+    save_file(MODEL, tmp_path / "initial.safetensors")
+    address, dying = free_address(), ("-m", "tests.faults.killed_at", point)
+    about = {"leaves": ("leaf",), "policy": {"min_workers": 1}, "rounds": 2, **SECURE}
+    async with running_aggregator(tmp_path, **about) as root:
+        leaf = leaf_process(tmp_path, "leaf", root.address, *SECURE_LEAF, address=address, program=dying)
+        async with leaf as (process, _):
+            start({(): address}, tmp_path, killed, dict.fromkeys(("w0", "w1", "w2"), ()))
+            assert await process.ended() == -signal.SIGKILL
+        async with leaf_process(tmp_path, "leaf", root.address, *SECURE_LEAF, address=address):
+            await root.until_finished()
+            rounds = await root.rounds()
+            versions = [root.weights(version) for version in (1, 2, 3)]
+            await ended(killed)
+    assert [round_.phase for round_ in rounds] == [COMMITTED] * 2
+    # What a device trained for a sum that its leaf forgot is not in the last six.
+    first, second = mean_of(watched, slice(-6, -3)), mean_of(watched, slice(-3, None))
+    close(versions[1], {name: versions[0][name] + first[name] for name in MODEL})
+    close(versions[2], {name: versions[1][name] + second[name] for name in MODEL})
+    bounds = watched.vectors[-1].bounds
+    assert bounds == {name: pytest.approx(4 * np.abs(first[name]).max()) for name in MODEL}
 
 
 @pytest.mark.faults

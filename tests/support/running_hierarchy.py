@@ -59,11 +59,11 @@ async def running_leaf(folder, name, above, join=None, **changes):
 
 
 @asynccontextmanager
-async def leaf_process(folder, name, above, *arguments, address="127.0.0.1:0"):
+async def leaf_process(folder, name, above, *arguments, address="127.0.0.1:0", **how):
     """(process, a way to look at it) of `fedgrpc aggregator --upstream`, which can be killed."""
     place = ["--data-dir", folder / name, "--address", address, "--upstream", above, "--upstream-name", name]
     round_ = ["--min-workers", 2, "--selection-window", "30s", "--lease", "5m", "--encoding", "raw"]
-    async with running_process("aggregator", *place, *round_, *arguments) as started:
+    async with running_process("aggregator", *place, *round_, *arguments, **how) as started:
         address = f"127.0.0.1:{(await started.until('serving'))['port']}"
         async with open_channel(address) as channel:
             yield (

@@ -7,15 +7,19 @@ from fedgrpc.privacy.secure_vector import SecureVector
 
 
 class Watched:
-    """Records the integers of every device and the sums that aggregators unmask; both run in this process."""
+    """Records the integers of every device, the vectors that they are of, and the sums that aggregators unmask.
+
+    Both run in this process.
+    """
 
     def __init__(self, monkeypatch):
-        self.plain, self.sums = [], []
+        self.plain, self.vectors, self.sums = [], [], []
         pieces, unmasked = SecureVector.pieces, new_version.unmasked_sum
 
         def watched_pieces(vector, update, examples, rng):
             found = list(pieces(vector, update, examples, rng))
             self.plain.append(np.concatenate(found))
+            self.vectors.append(vector)
             return iter(found)
 
         def watched_sum(sum_, updates, load):
