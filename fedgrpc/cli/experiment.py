@@ -20,7 +20,7 @@ from fedgrpc.cli.aggregator import COMMAND as AGGREGATOR
 from fedgrpc.cli.aggregator import settings_from
 from fedgrpc.cli.as_json import json_text
 from fedgrpc.cli.values import read_file
-from fedgrpc.cli.view import piped_console, print_table, progress_bar
+from fedgrpc.cli.view import piped_console, print_table, progress_bar, told_when_stopped
 from fedgrpc.errors import UsageError
 from fedgrpc.logging import configure
 from fedgrpc.simulation.learning.experiment import Experiment
@@ -60,7 +60,7 @@ def simulate_experiment(path: Path, values: Mapping[str, Any]) -> None:
         check_plot(plot)
     # What the aggregator and its workers would log is in the folder, too.
     configure("error")
-    with _progress() as progress:
+    with told_when_stopped("the same command with --resume goes on"), _progress() as progress:
         shown = progress.add_task("", total=1.0, told="")
 
         def show(row: RoundRow, part: float) -> None:
@@ -76,7 +76,9 @@ def simulate_experiment(path: Path, values: Mapping[str, Any]) -> None:
         return
     console = piped_console()
     print_table(console, _table(experiment, rows))
-    console.print(f"\n{out / VERSIONS}: all versions", highlight=False, markup=False)
+    console.print(f"{out / VERSIONS}: all versions", highlight=False, markup=False)
+    if plot is not None:
+        console.print(f"plot: {plot}", highlight=False, markup=False)
 
 
 def _progress() -> Progress:

@@ -16,7 +16,7 @@ from fedgrpc import toml
 from fedgrpc.cli.experiment import parse_experiment
 from fedgrpc.cli.options import Declare, SettingsCommand
 from fedgrpc.cli.values import read_file
-from fedgrpc.cli.view import piped_console, print_table, progress_bar
+from fedgrpc.cli.view import piped_console, print_table, progress_bar, told_when_stopped
 from fedgrpc.logging import configure
 from fedgrpc.simulation.learning.play import IN_USE, as_csv, columns_of
 from fedgrpc.simulation.learning.plots import Curve, check_plot, pareto_front, plot_curves
@@ -40,6 +40,7 @@ def _run(**values: Any) -> None:
     points = read_file(path, lambda text: points_of(toml.parse(text), content, parse_experiment))
     configure("error")
     with (
+        told_when_stopped("the same command plays what is not done"),
         hold_folder(out, IN_USE),
         progress_bar(BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()) as progress,
     ):

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from datetime import UTC, datetime
 
 import click
@@ -22,6 +23,16 @@ def progress_bar(*columns: ProgressColumn) -> Progress:
     """Return a bar on standard error that goes when it is done; nothing where that is no terminal."""
     console = Console(stderr=True)
     return Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
+
+
+@contextmanager
+def told_when_stopped(way_on: str) -> Iterator[None]:
+    """Say on standard error how to go on if Ctrl-C ends the block."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        click.echo(f"stopped; {way_on}", err=True)
+        raise
 
 
 def piped_console() -> Console:

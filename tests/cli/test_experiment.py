@@ -117,6 +117,7 @@ def test_ctrl_c_ends_it_at_once_with_its_processes_and_keeps_what_is_done(tmp_pa
         assert process.wait(timeout=30) == 130
         psutil.wait_procs(children, timeout=30)
         assert not any(child.is_running() and child.status() != psutil.STATUS_ZOMBIE for child in children)
+    assert "--resume goes on" in (tmp_path / "log").read_text()
     done = history.read_text().count("\n")
     path.write_text(EXPERIMENT.replace("rounds = 3", f"rounds = {done + 2}"))
     resumed = fedgrpc(*arguments[:-1], "1", "--resume", cwd=ROOT)
