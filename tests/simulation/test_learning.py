@@ -240,6 +240,20 @@ def test_a_simulation_whose_hours_are_over_scores_nothing_once_more_when_it_is_r
     assert not engine.scored
 
 
+def test_hours_that_end_in_the_pause_after_an_abandoned_round_change_nothing(tmp_path: Path) -> None:
+    """Such a simulation did not resume: its last round was recorded, and its line was not written."""
+    policy = replace(POLICY, quorum=4, deadline_s=6.0, lease_s=4.0)
+    experiment = _experiment(CHURNING, rounds=5, policy=policy)
+    whole = _play(experiment, tmp_path / "whole")
+    abandoned = next(row for row in whole.rows if not row.committed)
+    # The line is written at the end of the pause.
+    some = _play(experiment, tmp_path / "cut", hours=(abandoned.virtual_s - 0.1) / 3600)
+    assert some.rows[-1].round == abandoned.round - 1
+    resumed = _play(experiment, tmp_path / "cut")
+    assert [replace(row, cpu_s=0.0) for row in resumed.rows] == [replace(row, cpu_s=0.0) for row in whole.rows]
+    assert resumed.scores() == whole.scores()
+
+
 def test_half_of_the_channels_take_less_time_to_train(tmp_path: Path) -> None:
     """A plan that only cuts a sub-model took as long as the whole model."""
 
