@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
+from typing import Final
 
 import numpy as np
 import structlog
@@ -35,6 +36,8 @@ from fedgrpc.runs.task_context import TaskContext
 from fedgrpc.storage.task_rows import rows_of
 
 log = structlog.get_logger()
+
+_FEW: Final = 64
 
 
 class TaskAssigner:
@@ -97,8 +100,9 @@ class TaskAssigner:
             [self._settings.seed, state.number, len(state.tasks)]
         )
         choosing = self._settings.choosing if round_.kind is TaskKind.TRAIN else SelectionPolicy()
-        histories = self._workers.trainers()
-        choices, deadline = await asyncio.to_thread(choosing.choose, state, idle, count, histories, rng)
+        choose = partial(choosing.choose, state, idle, count, self._workers.trainers(), rng)
+        # The choice among a few takes less than a hop to a thread.
+        choices, deadline = choose() if len(idle) <= _FEW else await asyncio.to_thread(choose)
         if round_.due_at is not None:
             left_s = max(0.0, round_.due_at - coordinator.clock())
             if deadline is None or left_s < deadline.seconds:

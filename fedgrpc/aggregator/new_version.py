@@ -176,7 +176,6 @@ class NewVersion:
         Raises `StorageError`, `UnusableUpdate` for an update that is to be left out, and `UpdateRefused` when no
         update in particular is to blame.
         """
-        await asyncio.to_thread(self._updates.check, round_, merge.weights, merge.mixed.values())
         number = round_.base_version + 1
         # Scores of the version before. Computed again, they are equal, and so is the file.
         about = about_version(self._settings.run_name, round_.number, number, merge.scores.metrics)
@@ -184,27 +183,10 @@ class NewVersion:
             assert self._settings.clip_norm is not None
             about[BOUNDS] = bounds_text(merge.means, self._settings.clip_norm)
         if round_.kind is TaskKind.INITIALIZE:
+            await asyncio.to_thread(self._updates.check, round_, merge.weights)
             return await self._begin(round_, next(iter(merge.weights)), about)
-        files = ModelCommit(
-            self._models.open(round_.base_version),
-            self._models.open_optimizer_state(round_.base_version),
-            self._optimizer,
-            merge,
-            self._updates.load,
-            self._models.recycled,
-            about,
-            algorithm_of(self._settings.plan.algorithm).optimizers(self._optimizer, merge.workers),
-            noise,
-            [(merge.share(token), self._models.open(version)) for token, version in merge.mixed.items()],
-        )
-        try:
-            paths = self._models.path(number), self._models.optimizer_state_path(number)
-            digest = await asyncio.to_thread(files.write, *paths)
-        except NotFinite as error:
-            raise await asyncio.to_thread(self._updates.blamed, error, merge) from error
-        model = self._models.open(number)
-        norm = await asyncio.to_thread(model.norm)
-        before, elements = self._run.versions.last, sum(spec.size for spec in model.layout)
+        digest, norm = await asyncio.to_thread(self._commit, round_, merge, noise, about)
+        before, elements = self._run.versions.last, sum(spec.size for spec in self._run.layout)
         return Version(
             number,
             round_.number,
@@ -214,6 +196,30 @@ class NewVersion:
             self._run.versions.norm_jump(norm, elements),
             first_model=before.first_model if before else b"",
         )
+
+    def _commit(
+        self, round_: RoundInProgress, merge: Merge, noise: Noise | None, about: Mapping[str, str]
+    ) -> tuple[bytes, float]:
+        """Write the files of the version; return the model's SHA-256 and its norm. Blocks. Raises as `write`."""
+        self._updates.check(round_, merge.weights, merge.mixed.values())
+        models, base, number = self._models, round_.base_version, round_.base_version + 1
+        files = ModelCommit(
+            models.open(base),
+            models.open_optimizer_state(base),
+            self._optimizer,
+            merge,
+            self._updates.load,
+            models.recycled,
+            about,
+            algorithm_of(self._settings.plan.algorithm).optimizers(self._optimizer, merge.workers),
+            noise,
+            [(merge.share(token), models.open(version)) for token, version in merge.mixed.items()],
+        )
+        try:
+            digest = files.write(models.path(number), models.optimizer_state_path(number))
+        except NotFinite as error:
+            raise self._updates.blamed(error, merge) from error
+        return digest, models.open(number).norm()
 
     async def _begin(self, round_: RoundInProgress, token: str, about: Mapping[str, str]) -> Version:
         """Write the first model as one worker sent it."""

@@ -64,7 +64,7 @@ class _PayloadBytes:
     def __init__(self, update: StoredUpdate) -> None:
         self._name = f"the update {update.path}"
         with storage_errors(self._name, "read"):
-            self._file = update.path.open("rb")
+            self._file = update.path.open("rb", buffering=0)
         self._start = update.payload_start
         self._size_bytes = update.manifest.size_bytes
         # What was read ahead, and from where on.

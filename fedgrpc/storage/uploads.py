@@ -13,6 +13,7 @@ event loop.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -30,7 +31,8 @@ from fedgrpc.v1.aggregator_pb2 import UpdateHeader
 _MAX_RECYCLED = 32
 # A new file costs more than the bytes of a small update: those of a round of a thousand stay for the next.
 _MAX_RECYCLED_BYTES = 256 << 20
-_MAX_REMEMBERED = 32
+# Headers of updates, together: in memory a manifest takes ten times as much and more.
+_REMEMBERED_BYTES = 1 << 20
 
 
 class Upload(ResumableFile):
@@ -84,6 +86,8 @@ class UploadJournal:
         # Updates that end together share a sync of their names.
         self._syncs = GroupedSyncs(folder)
         self._sealed: dict[str, StoredUpdate] = {}
+        self._sealed_bytes = 0
+        self._remembering = threading.Lock()
 
     def begin(self, header: UpdateHeader, manifest: Manifest) -> Upload:
         """Begin or continue the upload of `header.token`. Raises `StorageError`."""
@@ -97,10 +101,11 @@ class UploadJournal:
             return committed_bytes(self.folder / f"{token}.part")
 
     def remember(self, token: str, update: StoredUpdate) -> None:
-        """Keep a few updates that were just sealed, so that they need not be parsed again."""
-        # A few: a manifest of thousands of tensors takes megabytes, and the commit parses the others again.
-        if len(self._sealed) < _MAX_REMEMBERED:
-            self._sealed[token] = update
+        """Keep an update that was just sealed, while there is room, so that the commit need not parse it again."""
+        with self._remembering:
+            if token not in self._sealed and self._sealed_bytes + update.payload_start <= _REMEMBERED_BYTES:
+                self._sealed_bytes += update.payload_start
+                self._sealed[token] = update
 
     def load(self, token: str) -> StoredUpdate | None:
         """Open the accepted update of `token`; None where there is none.
@@ -132,7 +137,9 @@ class UploadJournal:
         """Remove uploads and updates of these tokens. Raises `StorageError`."""
         with storage_errors(self.folder):
             for token in tokens:
-                self._sealed.pop(token, None)
+                with self._remembering:
+                    if (sealed := self._sealed.pop(token, None)) is not None:
+                        self._sealed_bytes -= sealed.payload_start
                 # Removed, not recycled: an upload that nobody wants any more may still be writing to its part.
                 (self.folder / f"{token}.part").unlink(missing_ok=True)
                 self._recycled.keep(self.folder / f"{token}.update")

@@ -5,7 +5,8 @@
     temperature   the hottest of /sys/class/thermal
     load          /proc/stat and /proc/self/stat: what others than this process took since the last look
 
-The rule: what the system does not tell is left out. Each file is read anew, and none is needed.
+The rule: what the system does not tell is left out. Each file is read anew, and none is needed. Polls in quick
+succession share a measurement.
 """
 
 from __future__ import annotations
@@ -24,6 +25,8 @@ from fedgrpc.runs.eligibility import MINUTES_OF_DAY, eligible, parse
 from fedgrpc.v1 import device_pb2
 from fedgrpc.worker.device import system_text
 
+# Rounds of a small model take less, and to measure costs as much as a poll.
+_FRESH_S: Final = 1.0
 # A shorter time says little of the load.
 _LEAST_S: Final = 1.0
 _JIFFIES_S: Final = os.sysconf("SC_CLK_TCK") if hasattr(os, "sysconf") else 100
@@ -120,11 +123,15 @@ class OwnersConditions:
         """Raises `UsageError` for an expression that cannot be read."""
         self._name = name
         self._only_when = parse(only_when)
-        self._measured = Conditions(root)
+        self._conditions = Conditions(root)
+        self._measured: tuple[float, device_pb2.DeviceConditions] | None = None
 
     async def look(self, device: DeviceProfile) -> tuple[device_pb2.DeviceConditions, bool]:
         """Return how the device is now, and whether it takes tasks."""
-        found = await asyncio.to_thread(self._measured.now)
+        now = time.monotonic()
+        if self._measured is None or now - self._measured[0] >= _FRESH_S:
+            self._measured = now, await asyncio.to_thread(self._conditions.now)
+        found = self._measured[1]
         minute = int(time.time() // 60) % MINUTES_OF_DAY
         facts = lasting_facts(self._name, profile_to_proto(device)) | passing_facts(found, minute)
         return found, eligible(self._only_when, facts)

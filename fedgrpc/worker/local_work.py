@@ -99,14 +99,12 @@ class TaskFiles:
         version = 0 if held is None else held.version
         self._publisher.show(model_version=version, spooled_updates=self.spool.count())
 
-    def secure_part(self, task: Task, message: aggregator_pb2.Task) -> SecurePart | None:
-        """Return this device's part in the secure sum of a task; None: its update travels as it is.
+    def secure_part(self, task: Task, message: aggregator_pb2.Task) -> SecurePart:
+        """Return this device's part in the secure sum that a task is of.
 
         Blocks. Raises `LayoutError` and `UpdateRefused` for a sum that this device does not join, and
         `StorageError`.
         """
-        if not message.HasField("secure"):
-            return None
         if task.kind is not TaskKind.TRAIN or message.HasField("local_model"):
             # What stays on the device, as personal layers do, would be in the sum.
             raise LayoutError("a secure sum is of updates of the whole model: no other task names one")

@@ -153,7 +153,9 @@ class TrainerWork:
             raise TaskError("this device sends no update that is not masked for a secure sum: its --only-secure")
         self._mark.check(task.token)
         forget_peak_memory()
-        part = await asyncio.to_thread(self._files.secure_part, task, message)
+        part = None
+        if message.HasField("secure"):
+            part = await asyncio.to_thread(self._files.secure_part, task, message)
         async with sharing(part) as shared:
             return await self._performed(task, message, report, part, shared)
 
@@ -218,7 +220,10 @@ class TrainerWork:
             self._publisher.enter(Activity.TRAINING)
             return await in_thread(lambda: initialize(trainer, task), hooks.stop)
         scores, on_access = None, reads_on_access(trainer)
-        kept = await asyncio.to_thread(self._kept, task)
+        # What the run's algorithm keeps on this device.
+        kept: Weights = {}
+        if algorithm_for(task).keeps:
+            kept = (await asyncio.to_thread(self._files.spool.kept, task.run_id)).tensors
         if task.kind is TaskKind.EVALUATE or task.evaluate:
             self._publisher.enter(Activity.EVALUATING)
             scores = await in_thread(lambda: evaluate(trainer, given(on_access), hooks, task, kept), hooks.stop)
@@ -229,10 +234,6 @@ class TrainerWork:
         self._publisher.enter(Activity.TRAINING)
         with self._mark.during(task.token, LocalTask(task.local_model or WHOLE_MODEL, task.sub_model)):
             return await in_thread(lambda: train(trainer, given(on_access), task, hooks, scores, kept), hooks.stop)
-
-    def _kept(self, task: Task) -> Weights:
-        """Return what the run's algorithm keeps on this device."""
-        return self._files.spool.kept(task.run_id).tensors if algorithm_for(task).keeps else {}
 
     async def score(self, run_id: str, model: HeldModel) -> Mapping[str, float]:
         """Score a released model as applications get it, when no task uses the trainer; {} without local data.

@@ -56,6 +56,18 @@ def test_an_update_sent_in_pieces_is_loaded_whole(journal):
         np.testing.assert_array_equal(loaded[name], values)
 
 
+def test_updates_just_sealed_are_remembered_as_far_as_their_headers_have_room(journal, monkeypatch):
+    sealed = {token: accept(journal, token, TENSORS) for token in ("a", "b", "c")}
+    monkeypatch.setattr("fedgrpc.storage.uploads._REMEMBERED_BYTES", 2 * sealed["a"].payload_start)
+    for token in ("a", "a", "b", "c"):
+        journal.remember(token, sealed[token])
+    assert [journal.load(token) is sealed[token] for token in sealed] == [True, True, False]
+    journal.discard(["a"])
+    journal.remember("c", sealed["c"])
+    assert journal.load("c") is sealed["c"]
+    assert journal.load("a") is None
+
+
 @pytest.mark.parametrize("at", [0, 1, 512, 1300, len(PAYLOAD) - 1, len(PAYLOAD)])
 def test_an_upload_goes_on_at_the_byte_that_is_held(tmp_path, at):
     """As after a lost link, and as after a restart."""

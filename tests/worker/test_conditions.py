@@ -4,10 +4,11 @@ from pathlib import Path
 
 import pytest
 
+from fedgrpc.protocol.devices import DeviceProfile
 from fedgrpc.protocol.facts import bounded_conditions, passing_facts
 from fedgrpc.v1 import device_pb2
 from fedgrpc.worker import conditions
-from fedgrpc.worker.conditions import Conditions
+from fedgrpc.worker.conditions import Conditions, OwnersConditions
 
 ROUTES = "Iface Destination Gateway\n{} 0000A8C0 0\n{} 00000000 0101A8C0\n"
 
@@ -72,6 +73,19 @@ def test_the_load_is_what_others_take(tmp_path, monkeypatch):
     # Of 1000 ticks 200 were idle, 500 of this process: others took 300.
     write(tmp_path, {"proc/stat": "cpu 800 0 0 200 0 0 0 0\n", "proc/self/stat": own.format(500)})
     assert measured.now().load == pytest.approx(0.3)
+
+
+async def test_polls_in_quick_succession_share_a_measurement(tmp_path, monkeypatch):
+    def plug(online):
+        write(tmp_path, {"sys/class/power_supply/AC/type": "Mains", "sys/class/power_supply/AC/online": online})
+
+    owners, device = OwnersConditions("w", "on_mains", tmp_path), DeviceProfile()
+    plug("1")
+    assert (await owners.look(device))[1]
+    plug("0")
+    assert (await owners.look(device))[1]
+    monkeypatch.setattr(conditions, "_FRESH_S", 0.0)
+    assert not (await owners.look(device))[1]
 
 
 def test_this_machine_can_be_measured():
