@@ -94,11 +94,13 @@ class ModelFile:
 
         Raises `StorageError`.
         """
-        values = np.empty(stop - start, self.layout[index].numpy_dtype)
         with storage_errors(f"the model {self.path}", "read"), self.path.open("rb", buffering=0) as file:
-            file.seek(self.starts[index] + start * values.itemsize)
-            size_bytes = file.readinto(values.view(np.uint8).data)
-        if size_bytes != values.nbytes:
+            return self._part_of(file, index, start, stop)
+
+    def _part_of(self, file: FileIO, index: int, start: int, stop: int) -> np.ndarray:
+        values = np.empty(stop - start, self.layout[index].numpy_dtype)
+        at = self.starts[index] + start * values.itemsize
+        if os.preadv(file.fileno(), [values.view(np.uint8).data], at) != values.nbytes:
             raise StorageError(f"the model {self.path} is cut short")
         return values
 
@@ -142,9 +144,10 @@ class ModelFile:
     def norm(self) -> float:
         """Return the L2 norm of the float tensors, read in pieces. Raises `StorageError`."""
         square = 0.0
-        for index, spec in enumerate(self.layout):
-            for start in range(0, spec.size if spec.is_float else 0, _PIECE):
-                square += sum_of_squares(self.part(index, start, min(start + _PIECE, spec.size)))
+        with storage_errors(f"the model {self.path}", "read"), self.path.open("rb", buffering=0) as file:
+            for index, spec in enumerate(self.layout):
+                for start in range(0, spec.size if spec.is_float else 0, _PIECE):
+                    square += sum_of_squares(self._part_of(file, index, start, min(start + _PIECE, spec.size)))
         return math.sqrt(square)
 
     def content_digest(self) -> bytes:

@@ -58,10 +58,12 @@ _MARKS: Final = {
     b"gguf": "it is a GGUF file; fedgrpc reads safetensors",
 }
 _LENGTH: Final = struct.Struct("<Q")
-# How the header of a file begins that was written here and has a tensor.
-_OWN_SUMS: Final = re.compile(
-    rb'\{"__metadata__":\{"format":"pt",((?:"sha256":"[0-9a-f]{64}","xxh3_128":"[0-9a-f-]{32}",)?"crc32":"[0-9a-f-]{8}")'
+_METADATA_FIRST: Final = '{"__metadata__":'
+# How the header of a file begins that was written here.
+_OWN_START: Final = re.compile(
+    rb'\{"__metadata__":\{"format":"pt",(?:"sha256":"[0-9a-f]{64}","xxh3_128":"[0-9a-f-]{32}",)?"crc32":"[0-9a-f-]{8}"'
 )
+_DECODER: Final = json.JSONDecoder()
 _CACHED_HEADERS: Final = 8
 _MAX_CACHED_BYTES: Final = 64 << 10
 
@@ -151,13 +153,11 @@ def _roles_and_ties(layout: Layout) -> dict[str, str]:
 
 def parse_header(text: bytes) -> Header:
     """Read a header. Raises ValueError, KeyError, TypeError, RecursionError or LayoutError for a wrong one."""
-    own = _OWN_SUMS.match(text)
-    if own is None or len(text) > _MAX_CACHED_BYTES:
+    if len(text) > _MAX_CACHED_BYTES or not _OWN_START.match(text):
         entries, end, metadata = _parse(text)
     else:
-        # All versions of a model have the same header but for the sums: parse it once, without them.
-        entries, end, _ = _parse_cached(text[: own.start(1)] + b'"":""' + text[own.end(1) :])
-        metadata = json.loads(b"{" + own[1] + b"}")
+        metadata, tensors = _split(text.decode())
+        entries, end = _parse_own(tensors, metadata.get("roles"), metadata.get("tied"))
     crc, sha256 = _text_of(metadata, "crc32", _CRC32), _text_of(metadata, "sha256", _SHA256)
     digest = _text_of(metadata, "xxh3_128", _DIGEST)
     return Header(
@@ -170,9 +170,18 @@ def parse_header(text: bytes) -> Header:
     )
 
 
+def _split(text: str) -> tuple[dict[str, Any], str]:
+    """Return the metadata of a header that was written here, and the JSON of its tensors."""
+    metadata, end = _DECODER.raw_decode(text, len(_METADATA_FIRST))
+    # Behind a header are as many blanks as its metadata needs.
+    return metadata, "{" + text[end:].removeprefix(",").rstrip(" ")
+
+
 @lru_cache(maxsize=_CACHED_HEADERS)
-def _parse_cached(text: bytes) -> tuple[Sequence[Entry], int, object]:
-    return _parse(text)
+def _parse_own(tensors: str, roles: str | None, tied: str | None) -> tuple[Sequence[Entry], int]:
+    """Parse what all versions of a model have in common, once. The rest of the metadata is of one version."""
+    entries = _entries(json.loads(tensors))
+    return _described(entries, {"roles": roles, "tied": tied}), entries[-1][2] if entries else 0
 
 
 def _parse(text: bytes) -> tuple[Sequence[Entry], int, object]:

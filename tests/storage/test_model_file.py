@@ -13,6 +13,7 @@ from safetensors.numpy import load_file, save_file
 
 from fedgrpc.codec.layout import TensorRole, TensorSpec, layout_of
 from fedgrpc.errors import StorageError, UsageError
+from fedgrpc.storage import model_header
 from fedgrpc.storage.model_file import ModelFile, ModelWriter, write_model
 
 DTYPES = ["float64", "float32", "float16", "int64", "int32", "int16", "int8", "uint8", "bool"]
@@ -45,6 +46,21 @@ def test_the_safetensors_package_reads_what_is_written_here(tmp_path):
     tensors = {name: values for name, values in TENSORS.items() if name != "bfloat16"}
     write(tmp_path / "m.safetensors", tensors)
     assert_same(load_file(tmp_path / "m.safetensors"), tensors)
+
+
+def test_versions_of_a_model_differ_in_their_metadata_and_their_tensors_are_parsed_once(tmp_path):
+    layout = (TensorSpec("w", "float32", (2,), TensorRole.STATISTIC, ("v",)), TensorSpec("b", "float32", (1,)))
+    values, found = [np.ones(2, np.float32), np.zeros(1, np.float32)], []
+    # A name of a tensor among the metadata ties nothing.
+    for number, about in enumerate(({"round": "1"}, {"round": "2", "base_scores": '{"loss": 1.5}'}, {"run": "b"})):
+        path = tmp_path / f"{number}.safetensors"
+        write_model(path, layout, values, about)
+        misses = model_header._parse_own.cache_info().misses
+        found.append(ModelFile.open(path))
+        assert model_header._parse_own.cache_info().misses - misses == (number == 0)
+        assert {key: found[-1].about(key) for key in about} == about
+    assert [model.layout for model in found] == 3 * [layout]
+    assert all(model.as_written for model in found)
 
 
 def test_what_the_safetensors_package_writes_is_read_here(tmp_path):
