@@ -189,7 +189,7 @@ def _paces(point: Point) -> dict[str, float]:
 
 
 def _table(point: Point) -> Mapping[str, Any]:
-    table = {"seed": point.seed, "run_name": "policy", "insecure": True, **point.document["aggregator"]}
+    table = {"seed": point.seed, "run_name": "policy", "insecure": True, **point.experiment.document["aggregator"]}
     return {name.replace("-", "_"): value for name, value in table.items()}
 
 
