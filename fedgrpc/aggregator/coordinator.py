@@ -121,7 +121,7 @@ class Coordinator(RunShell):
         self.records = RecordedRounds(store, self.in_database, self.workers, self.tracking)
         self.scores = VersionScores(self, self.records, settings, metrics)
         self.releases = PrivateReleases(self, settings)
-        self.secure_sums = SecureSums(self, settings, models, self.terms)
+        self.secure_sums = SecureSums(self, settings, models, self.encoded_models, self.terms)
         self.data_folder = DataFolder(self._log, self.changes.notify)
         self.stopping = False
         # The fleet as this run may use it: all of it, unless other runs share it.

@@ -85,12 +85,15 @@ class EncodedModels:
     def _variant_for(self, pull: Pull) -> Variant | None:
         """Choose the payload; None: the worker holds the version already."""
         whole, held, recipe = Variant.whole_of(pull), pull.held, pull.downlink.difference
-        if held is None or not pull.reduction.nothing or not self._bases.knows((*held, pull.sub_model.name)):
+        # Without differences all have a version in one form: what a worker holds of it may be another.
+        if held is None or recipe is None or not pull.reduction.nothing:
+            return whole
+        if not self._bases.knows((*held, pull.sub_model.name)):
             return whole
         # Known as a delta base, so these are the bytes that the worker got of this version.
         if held[0] == pull.version:
             return None
-        if recipe is None or held[0] > pull.version:
+        if held[0] > pull.version:
             return whole
         difference = replace(whole, recipe=recipe, base=held, whole=pull.downlink.whole, kept=True)
         if difference in self._made or self._difference_count(whole) < self._max_differences:

@@ -17,30 +17,36 @@ import numpy as np
 import structlog
 
 from fedgrpc.aggregator import stored_sum
+from fedgrpc.aggregator.encoded_models import EncodedModels
 from fedgrpc.aggregator.fold import Load
 from fedgrpc.aggregator.model_store import ModelStore
+from fedgrpc.aggregator.payload_encoder import EncodedModel, Pull
 from fedgrpc.aggregator.run_shell import RunShell
 from fedgrpc.aggregator.settings import AggregatorSettings
 from fedgrpc.aggregator.task_terms import TaskTerms
 from fedgrpc.aggregator.update_checks import MaskedWords
 from fedgrpc.codec.layout import Array, Layout
+from fedgrpc.codec.model_digest import model_digest
+from fedgrpc.codec.payload import PayloadReader
 from fedgrpc.errors import CodecError, CorruptError, LayoutError, RoundClosed, UpdateRefused
 from fedgrpc.privacy.bounded_rounding import grid_bound
 from fedgrpc.privacy.masks import packed_bytes, unpack_words
+from fedgrpc.privacy.neighbours import degree_of, threshold_of
 from fedgrpc.privacy.one_time_keys import acceptable
 from fedgrpc.privacy.secure_round import Parts, SecurePhase
 from fedgrpc.privacy.secure_vector import SecureVector, bounds_after
 from fedgrpc.privacy.streams import word_dtype
 from fedgrpc.privacy.unmasking import SumLost
 from fedgrpc.protocol.durations import duration_from_proto
-from fedgrpc.protocol.secure import MASKED, parts_from_proto, parts_to_proto
+from fedgrpc.protocol.plans import training_plan_to_proto
+from fedgrpc.protocol.secure import MASKED, common_terms, parts_from_proto, parts_to_proto
 from fedgrpc.rounds.events import Selected
 from fedgrpc.rounds.policy import TaskKind
 from fedgrpc.runs.events import PartsSent
 from fedgrpc.runs.round_in_progress import RoundInProgress
 from fedgrpc.runs.secure_sum import SecureSum
 from fedgrpc.v1 import aggregator_pb2 as pb
-from fedgrpc.v1.privacy_pb2 import SecureQuestion
+from fedgrpc.v1.privacy_pb2 import SecureQuestion, UpdatePrivacy
 
 log = structlog.get_logger()
 
@@ -62,12 +68,21 @@ class SecureSums:
     """The secure sums of one run. Without `--secure-aggregation` there are none."""
 
     def __init__(
-        self, shell: RunShell, settings: AggregatorSettings, models: ModelStore, terms: TaskTerms
+        self,
+        shell: RunShell,
+        settings: AggregatorSettings,
+        models: ModelStore,
+        encoded: EncodedModels,
+        terms: TaskTerms,
     ) -> None:
+        """`encoded` has the models as devices get them, `terms` those of their tasks."""
         self._shell = shell
         self._settings = settings
-        self._terms = terms
         self._models = models
+        self._encoded = encoded
+        self._terms = terms
+        # Of the last model that a sum was opened for.
+        self._digest: tuple[EncodedModel, bytes] | None = None
         self._log = log.bind(run=settings.run_name)
         # What devices may be told: a sum is stored first.
         self._stored: SecureSum | None = None
@@ -80,17 +95,50 @@ class SecureSums:
         told = {worker: machine.keys[worker] for _, worker in selected.tasks if worker in machine.keys}
         keys = await asyncio.to_thread(acceptable, told)
         vector = await asyncio.to_thread(self._vector, round_.base_version, machine.layout, len(keys))
+        degree, colluding = settings.secure.secure_neighbours, settings.secure.secure_colluding
+        threshold = threshold_of(degree_of(len(keys), degree), colluding)
         return SecureSum.opened(
             keys,
             vector,
-            secrets.token_bytes(_SESSION_BYTES),
+            await self._common(round_, vector, threshold),
             np.random.default_rng(secrets.randbits(128)),
-            colluding=settings.secure.secure_colluding,
+            threshold=threshold,
             least=settings.policy.quorum,
-            degree=settings.secure.secure_neighbours,
+            degree=degree,
             phase_s=settings.policy.lease_s,
             now=self._shell.clock(),
         )
+
+    async def _common(self, round_: RoundInProgress, vector: SecureVector, threshold: int) -> bytes:
+        """Return what all devices of a sum are told alike. Raises as encoding the model does."""
+        settings, instructions = self._settings, self._terms.instructions
+        clip_norm = vector.clip_norm or instructions.clip_norm
+        common = common_terms(
+            vector,
+            threshold,
+            session=secrets.token_bytes(_SESSION_BYTES),
+            run_id=self._shell.machine.id,
+            round=round_.number,
+            model_version=round_.base_version,
+            model_sha256=await self._digest_of(round_.base_version),
+            plan=training_plan_to_proto(instructions.plan),
+            evaluate=instructions.evaluate,
+            privacy=UpdatePrivacy(clip_norm=clip_norm, without_metrics=not settings.privacy.metrics),
+            learning_task=settings.learning_task,
+            model=settings.model,
+            options=settings.task_options,
+        )
+        return common.SerializeToString(deterministic=True)
+
+    async def _digest_of(self, version: int) -> bytes:
+        """Return the SHA-256 of a version as devices have it: its one payload may have lost bits."""
+        (downlink,) = self._settings.negotiation().downlinks
+        encoded = await self._encoded.get(Pull(version, downlink))
+        if self._digest is None or self._digest[0] is not encoded:
+            assert encoded.payload is not None
+            reader = PayloadReader(encoded.manifest, encoded.payload.read, valid=True)
+            self._digest = encoded, await asyncio.to_thread(model_digest, reader)
+        return self._digest[1]
 
     def _vector(self, version: int, layout: Layout, count: int) -> SecureVector:
         # Those of the parent, where there is one.

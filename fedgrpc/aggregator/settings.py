@@ -315,6 +315,15 @@ class AggregatorSettings:
             "goes without max_share: weights are not seen": policy.max_share is not None,
             "goes without weight_aim: weights are not seen": policy.weight_aim is not None,
             "goes without local_models: all devices add the same vector": self.local_models != PlanTable(),
+            "goes without difference_recipe: its devices train from the same values, not from what each held": (
+                self.sums_here and self.difference_recipe is not None
+            ),
+            "needs one download_recipe: its devices train from the same values": (
+                self.sums_here and len(self.negotiation().downlinks) > 1
+            ),
+            "goes without upload_reserve_s: training that ends by the clock is another one on each device": (
+                self.plan.upload_reserve_s is not None
+            ),
             "with max_examples needs secure_weight_bits, and the other way round": (
                 (self.max_examples is None) != (self.secure.secure_weight_bits == 0)
             ),
@@ -355,7 +364,9 @@ class AggregatorSettings:
 
     def negotiation(self) -> Negotiation:
         """Return the recipes of models and updates. Raises UsageError."""
-        return Negotiation(self.download_recipe, self.difference_recipe, self.upload_recipe)
+        # A difference that loses nothing is none: devices of a secure sum get whole models.
+        difference = "raw" if self.sums_here else self.difference_recipe
+        return Negotiation(self.download_recipe, difference, self.upload_recipe)
 
     @property
     def _listens(self) -> Address:

@@ -12,10 +12,9 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any, Final
 
-from fedgrpc.privacy.one_time_keys import PublicKeys
+from fedgrpc.privacy.one_time_keys import PublicKeys, session_of
 from fedgrpc.privacy.secure_round import SecurePhase, SecureRound
-from fedgrpc.privacy.secure_vector import SecureVector
-from fedgrpc.protocol.secure import keys_from_proto, keys_to_proto
+from fedgrpc.protocol.secure import common_terms_from_bytes, keys_from_proto, keys_to_proto, vector_of
 from fedgrpc.runs.round_in_progress import RoundInProgress
 from fedgrpc.runs.secure_sum import SecureSum
 from fedgrpc.storage.sealed_file import read_sealed, write_sealed
@@ -41,10 +40,10 @@ def recovered(folder: Path, number: int, arrived: Collection[str], due_at: float
 
 
 def _described(sum_: SecureSum) -> dict[str, Any]:
-    state, vector = sum_.state, sum_.vector
+    state = sum_.state
     asked = state.phase not in (SecurePhase.SHARING, SecurePhase.MASKING)
     return {
-        "session": state.session.hex(),
+        "common": sum_.common.hex(),
         "least": state.least,
         "phase_s": sum_.phase_s,
         "devices": {
@@ -53,17 +52,8 @@ def _described(sum_: SecureSum) -> dict[str, Any]:
                 "keys": keys_to_proto(keys).SerializeToString().hex(),
                 "neighbours": list(state.graph[name]),
                 "point": state.points[name],
-                "threshold": state.thresholds[name],
             }
             for name, keys in state.keys.items()
-        },
-        "vector": {
-            "tensors": [[name, list(shape), vector.bounds[name]] for name, shape in vector.shapes.items()],
-            "bits": vector.bits,
-            "weight_bits": vector.weight_bits,
-            "count": vector.count,
-            "most_examples": vector.most_examples,
-            "norm": vector.norm,
         },
         "roster": sorted(state.roster),
         # Of no use before there is a roster: those who have shared share again.
@@ -76,17 +66,18 @@ def _keys_of(text: str) -> PublicKeys:
     return keys_from_proto(OneTimeKeys.FromString(bytes.fromhex(text)))
 
 
-def _sum_of(told: dict[str, Any], uploaded: frozenset[str], due_at: float) -> SecureSum:
-    devices, vector = told["devices"], told["vector"]
+def _sum_of(told: dict[str, Any], uploaded: frozenset[str], due_at: float | None) -> SecureSum:
+    devices, data = told["devices"], bytes.fromhex(told["common"])
+    common = common_terms_from_bytes(data)
     roster = frozenset(told["roster"])
     asked = None if told["arrived"] is None else frozenset(told["arrived"])
     phase = SecurePhase.SHARING if not roster else SecurePhase.MASKING if asked is None else SecurePhase.CONFIRMING
     state = SecureRound(
-        bytes.fromhex(told["session"]),
+        session_of(data),
         {name: _keys_of(each["keys"]) for name, each in devices.items()},
         {name: tuple(each["neighbours"]) for name, each in devices.items()},
         {name: each["point"] for name, each in devices.items()},
-        {name: each["threshold"] for name, each in devices.items()},
+        dict.fromkeys(devices, common.threshold),
         told["least"],
         phase,
         {name: {to: bytes.fromhex(box) for to, box in boxes.items()} for name, boxes in told["boxes"].items()},
@@ -94,13 +85,5 @@ def _sum_of(told: dict[str, Any], uploaded: frozenset[str], due_at: float) -> Se
         uploaded & roster,
         asked or frozenset(),
     )
-    summed = SecureVector(
-        {name: tuple(shape) for name, shape, _ in vector["tensors"]},
-        {name: bound for name, _, bound in vector["tensors"]},
-        vector["bits"],
-        vector["weight_bits"],
-        vector["count"],
-        vector["most_examples"],
-        vector["norm"],
-    )
-    return SecureSum(state, summed, told["phase_s"], None if phase is SecurePhase.MASKING else due_at)
+    due_at = None if phase is SecurePhase.MASKING else due_at
+    return SecureSum(state, vector_of(common), data, told["phase_s"], due_at)

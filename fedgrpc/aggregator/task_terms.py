@@ -19,11 +19,12 @@ from fedgrpc.aggregator.negotiation import Negotiation, link_of
 from fedgrpc.aggregator.registry import WorkerRegistry
 from fedgrpc.aggregator.settings import AggregatorSettings
 from fedgrpc.protocol.plans import training_plan_from_proto
-from fedgrpc.protocol.secure import secure_groups_to_proto, secure_task_to_proto
+from fedgrpc.protocol.secure import common_terms_from_bytes, secure_groups_to_proto, secure_task_to_proto
 from fedgrpc.protocol.tasks import Task, task_to_proto
 from fedgrpc.rounds.fields import with_fields
 from fedgrpc.rounds.policy import TaskKind
 from fedgrpc.runs.machine import RunMachine
+from fedgrpc.runs.secure_sum import SecureSum
 from fedgrpc.runs.task_context import TaskContext
 from fedgrpc.training_plan import TrainingPlan
 from fedgrpc.v1 import aggregator_pb2, round_pb2, tensor_pb2
@@ -159,9 +160,7 @@ class TaskTerms:
             )
         message = task_to_proto(task, self._clock())
         if evaluation is None and round_ is not None and round_.secure is not None:
-            message.secure.CopyFrom(secure_task_to_proto(round_.secure, worker))
-            # Rounding makes updates longer.
-            message.privacy.clip_norm = round_.secure.vector.clip_norm or message.privacy.clip_norm
+            _put_into_sum(message, round_.secure, worker)
         if self._fleet.get(worker).leads:
             models = self._local_models
             message.leaf.CopyFrom(instructions.for_leaf(models.to_proto(), models.channels))
@@ -175,6 +174,15 @@ class TaskTerms:
             return plan
         reserve_s = upload_reserve_s(self._workers.history(worker), plan.upload_reserve_s)
         return replace(plan, upload_reserve_s=reserve_s)
+
+
+def _put_into_sum(message: aggregator_pb2.Task, sum_: SecureSum, worker: str) -> None:
+    """Make it the task of a device of the sum: what all are told alike is as when the sum was opened."""
+    common = common_terms_from_bytes(sum_.common)
+    message.plan.CopyFrom(common.plan)
+    message.privacy.CopyFrom(common.privacy)
+    message.evaluate = common.evaluate
+    message.secure.CopyFrom(secure_task_to_proto(sum_, worker))
 
 
 def _seed(seed: int, number: int, worker: str) -> int:

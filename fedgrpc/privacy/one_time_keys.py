@@ -142,6 +142,14 @@ def _agrees(public: bytes) -> bool:
     return True
 
 
+def session_of(common: bytes) -> bytes:
+    """Return what names the session of a sum whose devices were all told `common`.
+
+    All keys of the sum follow from it: devices that were told different things share none.
+    """
+    return sha256(label("session", common)).digest()
+
+
 def roster_digest(session: bytes, roster: Iterable[str]) -> bytes:
     """Return what names a session together with all who take part in its sum.
 

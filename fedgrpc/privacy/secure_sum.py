@@ -19,6 +19,9 @@ The rules of a participant:
   Confirmations are HMAC-SHA256 under a key of each pair.
 - Its masks follow from the roster too: those of two devices that were told different ones never cancel. With two
   rosters or two questions, an aggregator would else learn sums of a few devices.
+- They follow from all that the round's devices are told alike, which the session names (`session_of`). With other
+  tasks for all neighbours of a device, their vectors would else say nothing, and the sum would be that device's
+  (arXiv 2111.07380). A device masks nothing before a threshold of neighbours have sealed shares in its session.
 
 Whether names stand for devices is not known here: an aggregator that makes up neighbours sees through the masks.
 """
@@ -65,7 +68,7 @@ _MOST_POINT: Final = (1 << 32) - 1
 class Circle:
     """A device of one round among its neighbours.
 
-    `session` names the round for all (any bytes, different each time). `points` are the places (from 1) of all
+    `session` names the round and what all are told alike (`session_of`). `points` are the places (from 1) of all
     names in the round's order, at which shares are taken. `colluding` neighbours may work with the aggregator and
     answer both ways: the device's own setting, which the threshold has to allow for. `least` devices, this one and
     neighbours, have to be in the sum, by the device's own setting too. `roster` are all who have shared, once that
@@ -155,6 +158,15 @@ class Participant:
             )
             for name, point in points.items()
         }
+
+    def check_shares(self, sealed: Mapping[str, bytes]) -> None:
+        """Raise UpdateRefused unless enough neighbours have sealed shares to this device in its own session."""
+        found = sum(bool(self._opened(name, sealed.get(name, b""))) for name in self.circle.neighbours)
+        if found < self._wanted:
+            raise UpdateRefused(
+                f"the shares of {found} neighbours can be opened, fewer than {self._wanted}: "
+                "they were damaged, or others have another task"
+            )
 
     def masked(self, values: Array, bits: int) -> Array:
         """Return `values` (unsigned, below 2^bits) plus all masks, modulo 2^bits, in the dtype of `word_dtype`."""

@@ -64,12 +64,17 @@ class SecureTask:
         return Participant(self.circle, self.secrets).sealed_shares()
 
     def with_roster(self, roster: AbstractSet[str], sealed: Mapping[str, bytes]) -> SecureTask:
-        """Fix who has shared. Raises UpdateRefused for another roster than before, or of too few neighbours."""
+        """Fix who has shared.
+
+        Raises UpdateRefused for another roster than before, one of too few neighbours, and where too few of them
+        were told the same task.
+        """
         if self.roster is not None:
             self._same("roster", self.roster, roster)
             return self
         within = self.circle.within(roster)
         shares = {name: box for name, box in sealed.items() if name in within.neighbours}
+        Participant(within, self.secrets).check_shares(shares)
         return replace(self, roster=frozenset(roster), sealed=MappingProxyType(shares))
 
     def masks(self, bits: int) -> Masks:

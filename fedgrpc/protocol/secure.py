@@ -9,16 +9,19 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
-from typing import Final
+from typing import Any, Final
+
+from google.protobuf.message import DecodeError
 
 from fedgrpc.codec.layout import MAX_NAME_CHARS
-from fedgrpc.errors import LayoutError, UsageError
-from fedgrpc.privacy.one_time_keys import KeySignature, PublicKeys
+from fedgrpc.errors import LayoutError, UpdateRefused, UsageError
+from fedgrpc.privacy.one_time_keys import KeySignature, PublicKeys, session_of
 from fedgrpc.privacy.secure_policy import SecurePolicy
 from fedgrpc.privacy.secure_sum import LEAST_NEIGHBOURS, Circle
 from fedgrpc.privacy.secure_vector import SecureVector
+from fedgrpc.protocol.tasks import Registration
 from fedgrpc.runs.secure_sum import SecureSum
-from fedgrpc.v1 import privacy_pb2, round_pb2
+from fedgrpc.v1 import aggregator_pb2, privacy_pb2, round_pb2
 
 # The one tensor of a masked update: bytes of `pack_words`.
 MASKED: Final = "masked"
@@ -38,11 +41,15 @@ _MOST_CHAIN_BYTES: Final = 8 << 10
 
 @dataclass(frozen=True)
 class SecureTerms:
-    """A device's part in a secure sum: the circle of its neighbours, its own keys, and the vector it adds to."""
+    """A device's part in a secure sum: the circle of its neighbours, its own keys, and the vector it adds to.
+
+    `common` is what all devices of the sum are told alike.
+    """
 
     circle: Circle
     keys: PublicKeys
     vector: SecureVector
+    common: privacy_pb2.CommonTerms
 
 
 def keys_to_proto(keys: PublicKeys) -> privacy_pb2.OneTimeKeys:
@@ -72,20 +79,10 @@ def is_short(chain: Sequence[bytes]) -> bool:
     return len(chain) <= _MOST_CERTIFICATES and sum(map(len, chain)) <= _MOST_CHAIN_BYTES
 
 
-def secure_task_to_proto(sum_: SecureSum, worker: str) -> privacy_pb2.SecureTask:
-    """Return what `worker` needs to take part in the sum."""
-    state, vector = sum_.state, sum_.vector
-    return privacy_pb2.SecureTask(
-        session=state.session,
-        keys=keys_to_proto(state.keys[worker]),
-        point=state.points[worker],
-        threshold=state.thresholds[worker],
-        neighbours=[
-            privacy_pb2.SecureNeighbour(
-                worker=name, point=state.points[name], keys=keys_to_proto(state.keys[name])
-            )
-            for name in state.graph[worker]
-        ],
+def common_terms(vector: SecureVector, threshold: int, **told: Any) -> privacy_pb2.CommonTerms:
+    """Return what all devices of a sum are told alike; `told` are the fields beside those of the vector."""
+    return privacy_pb2.CommonTerms(
+        threshold=threshold,
         bits=vector.bits,
         weight_bits=vector.weight_bits,
         count=vector.count,
@@ -94,6 +91,31 @@ def secure_task_to_proto(sum_: SecureSum, worker: str) -> privacy_pb2.SecureTask
         tensors=[
             privacy_pb2.SecureTensor(name=name, shape=shape, bound=vector.bounds[name])
             for name, shape in vector.shapes.items()
+        ],
+        **told,
+    )
+
+
+def common_terms_from_bytes(data: bytes) -> privacy_pb2.CommonTerms:
+    """Return what all devices of a sum are told alike. Raises `LayoutError` for bytes that are none of it."""
+    try:
+        return privacy_pb2.CommonTerms.FromString(data)
+    except DecodeError as error:
+        raise LayoutError(f"the terms of the secure sum cannot be read: {error}") from None
+
+
+def secure_task_to_proto(sum_: SecureSum, worker: str) -> privacy_pb2.SecureTask:
+    """Return what `worker` needs to take part in the sum."""
+    state = sum_.state
+    return privacy_pb2.SecureTask(
+        common=sum_.common,
+        keys=keys_to_proto(state.keys[worker]),
+        point=state.points[worker],
+        neighbours=[
+            privacy_pb2.SecureNeighbour(
+                worker=name, point=state.points[name], keys=keys_to_proto(state.keys[name])
+            )
+            for name in state.graph[worker]
         ],
     )
 
@@ -105,21 +127,51 @@ def secure_terms_from_proto(
 
     Raises `LayoutError` for absurd numbers, and `UpdateRefused` for a circle that this device does not join.
     """
-    if len(message.neighbours) > _MOST_NEIGHBOURS or len(message.tensors) > _MOST_TENSORS:
-        raise LayoutError("the task has too many neighbours or tensors for a secure sum")
-    if not 1 <= len(message.session) <= _MOST_SESSION_BYTES or not 1 <= message.count <= _MOST_DEVICES:
-        raise LayoutError("the task names no secure sum: its session or its count cannot be")
+    if len(message.neighbours) > _MOST_NEIGHBOURS:
+        raise LayoutError("the task has too many neighbours for a secure sum")
+    common = common_terms_from_bytes(message.common)
+    vector = vector_of(common)
     neighbours = {each.worker: keys_from_proto(each.keys) for each in message.neighbours}
     if len(neighbours) < len(message.neighbours):
         raise LayoutError("the task names a neighbour twice")
-    points = {each.worker: each.point for each in message.neighbours}
-    circle = Circle(
-        message.session, worker, neighbours, {**points, worker: message.point}, message.threshold, colluding, least
-    )
-    return SecureTerms(circle, keys_from_proto(message.keys), _vector(message))
+    points = {each.worker: each.point for each in message.neighbours} | {worker: message.point}
+    session = session_of(message.common)
+    circle = Circle(session, worker, neighbours, points, common.threshold, colluding, least)
+    return SecureTerms(circle, keys_from_proto(message.keys), vector, common)
 
 
-def _vector(message: privacy_pb2.SecureTask) -> SecureVector:
+def check_common(common: privacy_pb2.CommonTerms, task: aggregator_pb2.Task, built_from: Registration) -> None:
+    """Raise `UpdateRefused` where a task is another one than all devices of its sum are told.
+
+    `built_from`: what the device's learning task was built from.
+    """
+    told = {
+        "run": (task.run_id or task.run, common.run_id),
+        "round": (task.round, common.round),
+        "model version": (task.model_version, common.model_version),
+        "training plan": (task.plan, common.plan),
+        "evaluation": (task.evaluate, common.evaluate),
+        "privacy": (task.privacy, common.privacy),
+        "learning task": (built_from.learning_task, common.learning_task),
+        "model": (built_from.model, common.model),
+        "options": (built_from.options, dict(common.options)),
+    }
+    for name, (here, everywhere) in told.items():
+        if here != everywhere:
+            raise UpdateRefused(
+                f"the {name} of this device's task is not what all devices of the secure sum are told; where the "
+                "run's settings have changed, restart the worker"
+            )
+    if common.plan.HasField("upload_reserve"):
+        raise UpdateRefused("training for a secure sum does not end by the clock, which each device is told alone")
+
+
+def vector_of(message: privacy_pb2.CommonTerms) -> SecureVector:
+    """Return the vector that all devices add to. Raises `LayoutError` for absurd numbers."""
+    if len(message.tensors) > _MOST_TENSORS:
+        raise LayoutError("the task has too many tensors for a secure sum")
+    if not 1 <= len(message.session) <= _MOST_SESSION_BYTES or not 1 <= message.count <= _MOST_DEVICES:
+        raise LayoutError("the task names no secure sum: its session or its count cannot be")
     shapes = {each.name: tuple(each.shape) for each in message.tensors}
     if len(shapes) < len(message.tensors) or any(len(name) > MAX_NAME_CHARS for name in shapes):
         raise LayoutError("the tensors of a secure sum have names of their own")

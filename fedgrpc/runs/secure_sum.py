@@ -10,8 +10,8 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from fedgrpc.privacy.neighbours import neighbours, threshold_of
-from fedgrpc.privacy.one_time_keys import PublicKeys
+from fedgrpc.privacy.neighbours import neighbours
+from fedgrpc.privacy.one_time_keys import PublicKeys, session_of
 from fedgrpc.privacy.secure_round import Effect, Event, SecurePhase, SecureRound, step
 from fedgrpc.privacy.secure_vector import SecureVector
 
@@ -22,11 +22,13 @@ _TIMED = (SecurePhase.SHARING, SecurePhase.CONFIRMING, SecurePhase.ANSWERING)
 class SecureSum:
     """Secure sum of one round: what devices have sent, and the vector that their integers mean.
 
-    `due_at`, by the clock of the round: when the phase is over; None: when the round closes.
+    `common` is what all devices are told alike, as they get it. `due_at`, by the clock of the round: when the
+    phase is over; None: when the round closes.
     """
 
     state: SecureRound
     vector: SecureVector
+    common: bytes
     phase_s: float
     due_at: float | None = None
 
@@ -35,10 +37,10 @@ class SecureSum:
         cls,
         keys: Mapping[str, PublicKeys],
         vector: SecureVector,
-        session: bytes,
+        common: bytes,
         rng: np.random.Generator,
         *,
-        colluding: int,
+        threshold: int,
         least: int,
         degree: int = 0,
         phase_s: float,
@@ -50,14 +52,14 @@ class SecureSum:
         """
         graph = neighbours(sorted(keys), rng, degree)
         state = SecureRound(
-            session,
+            session_of(common),
             dict(keys),
             graph,
             {name: point for point, name in enumerate(sorted(keys), start=1)},
-            {name: threshold_of(len(around), colluding) for name, around in graph.items()},
+            dict.fromkeys(graph, threshold),
             least,
         )
-        return cls(state, vector, phase_s, now + phase_s)
+        return cls(state, vector, common, phase_s, now + phase_s)
 
     @property
     def phase(self) -> SecurePhase:

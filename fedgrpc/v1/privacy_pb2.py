@@ -22,41 +22,48 @@ _runtime_version.ValidateProtobufRuntimeVersion(
 _sym_db = _symbol_database.Default()
 
 
+from fedgrpc.v1 import round_pb2 as fedgrpc_dot_v1_dot_round__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18\x66\x65\x64grpc/v1/privacy.proto\x12\nfedgrpc.v1\"\xed\x01\n\x0cReleaseRules\x12/\n\tmechanism\x18\x01 \x01(\x0e\x32\x1c.fedgrpc.v1.PrivacyMechanism\x12\x18\n\x10noise_multiplier\x18\x02 \x01(\x01\x12\x11\n\tclip_norm\x18\x03 \x01(\x01\x12\x0e\n\x06\x63ohort\x18\x04 \x01(\x04\x12\x16\n\x0emin_separation\x18\x05 \x01(\x04\x12\x11\n\x04rate\x18\x06 \x01(\x01H\x00\x88\x01\x01\x12\x1a\n\rclip_quantile\x18\x07 \x01(\x01H\x01\x88\x01\x01\x12\r\n\x05\x62\x61nds\x18\x08 \x01(\rB\x07\n\x05_rateB\x10\n\x0e_clip_quantile\"\x9f\x01\n\x0ePrivateRelease\x12\x0c\n\x04step\x18\x01 \x01(\x04\x12\r\n\x05round\x18\x02 \x01(\x04\x12\x0f\n\x07version\x18\x03 \x01(\x04\x12\r\n\x05\x63ount\x18\x04 \x01(\x04\x12\x0f\n\x07updates\x18\x05 \x01(\x0c\x12\'\n\x05rules\x18\x06 \x01(\x0b\x32\x18.fedgrpc.v1.ReleaseRules\x12\x16\n\x0enext_clip_norm\x18\x07 \x01(\x01\"\xb6\x01\n\rPrivacyLedger\x12\'\n\x05rules\x18\x01 \x01(\x0b\x32\x18.fedgrpc.v1.ReleaseRules\x12\r\n\x05\x64\x65lta\x18\x02 \x01(\x01\x12\x1b\n\x0etarget_epsilon\x18\x03 \x01(\x01H\x00\x88\x01\x01\x12\x0f\n\x07planned\x18\x04 \x01(\x04\x12,\n\x08releases\x18\x05 \x03(\x0b\x32\x1a.fedgrpc.v1.PrivateReleaseB\x11\n\x0f_target_epsilon\";\n\rUpdatePrivacy\x12\x11\n\tclip_norm\x18\x01 \x01(\x01\x12\x17\n\x0fwithout_metrics\x18\x02 \x01(\x08\"p\n\x0bOneTimeKeys\x12\x0f\n\x07masking\x18\x01 \x01(\x0c\x12\x0f\n\x07sealing\x18\x02 \x01(\x0c\x12\x12\n\nseed_check\x18\x03 \x01(\x0c\x12+\n\tsignature\x18\x04 \x01(\x0b\x32\x18.fedgrpc.v1.KeySignature\"?\n\x0cKeySignature\x12\x11\n\tsigned_at\x18\x01 \x01(\x04\x12\r\n\x05value\x18\x02 \x01(\x0c\x12\r\n\x05\x63hain\x18\x03 \x03(\x0c\"W\n\x0fSecureNeighbour\x12\x0e\n\x06worker\x18\x01 \x01(\t\x12\r\n\x05point\x18\x02 \x01(\r\x12%\n\x04keys\x18\x03 \x01(\x0b\x32\x17.fedgrpc.v1.OneTimeKeys\":\n\x0cSecureTensor\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05shape\x18\x02 \x03(\x04\x12\r\n\x05\x62ound\x18\x03 \x01(\x01\"\x99\x02\n\nSecureTask\x12\x0f\n\x07session\x18\x01 \x01(\x0c\x12%\n\x04keys\x18\x02 \x01(\x0b\x32\x17.fedgrpc.v1.OneTimeKeys\x12\r\n\x05point\x18\x03 \x01(\r\x12\x11\n\tthreshold\x18\x04 \x01(\r\x12/\n\nneighbours\x18\x05 \x03(\x0b\x32\x1b.fedgrpc.v1.SecureNeighbour\x12\x0c\n\x04\x62its\x18\x06 \x01(\r\x12\x13\n\x0bweight_bits\x18\x07 \x01(\r\x12\r\n\x05\x63ount\x18\x08 \x01(\r\x12\x15\n\rmost_examples\x18\t \x01(\x04\x12)\n\x07tensors\x18\n \x03(\x0b\x32\x18.fedgrpc.v1.SecureTensor\x12\x0c\n\x04norm\x18\x0b \x01(\x01\"n\n\x0bSecureParts\x12\x31\n\x05parts\x18\x01 \x03(\x0b\x32\".fedgrpc.v1.SecureParts.PartsEntry\x1a,\n\nPartsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x0c:\x02\x38\x01\"@\n\x0eSecureQuestion\x12\r\n\x05token\x18\x01 \x01(\t\x12\x0e\n\x06run_id\x18\x02 \x01(\t\x12\x0f\n\x07\x61rrived\x18\x03 \x03(\t*\x91\x01\n\x10PrivacyMechanism\x12!\n\x1dPRIVACY_MECHANISM_UNSPECIFIED\x10\x00\x12\x1e\n\x1aPRIVACY_MECHANISM_GAUSSIAN\x10\x01\x12\x1d\n\x19PRIVACY_MECHANISM_DP_FTRL\x10\x02\x12\x1b\n\x17PRIVACY_MECHANISM_DP_MF\x10\x03\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18\x66\x65\x64grpc/v1/privacy.proto\x12\nfedgrpc.v1\x1a\x16\x66\x65\x64grpc/v1/round.proto\"\xed\x01\n\x0cReleaseRules\x12/\n\tmechanism\x18\x01 \x01(\x0e\x32\x1c.fedgrpc.v1.PrivacyMechanism\x12\x18\n\x10noise_multiplier\x18\x02 \x01(\x01\x12\x11\n\tclip_norm\x18\x03 \x01(\x01\x12\x0e\n\x06\x63ohort\x18\x04 \x01(\x04\x12\x16\n\x0emin_separation\x18\x05 \x01(\x04\x12\x11\n\x04rate\x18\x06 \x01(\x01H\x00\x88\x01\x01\x12\x1a\n\rclip_quantile\x18\x07 \x01(\x01H\x01\x88\x01\x01\x12\r\n\x05\x62\x61nds\x18\x08 \x01(\rB\x07\n\x05_rateB\x10\n\x0e_clip_quantile\"\x9f\x01\n\x0ePrivateRelease\x12\x0c\n\x04step\x18\x01 \x01(\x04\x12\r\n\x05round\x18\x02 \x01(\x04\x12\x0f\n\x07version\x18\x03 \x01(\x04\x12\r\n\x05\x63ount\x18\x04 \x01(\x04\x12\x0f\n\x07updates\x18\x05 \x01(\x0c\x12\'\n\x05rules\x18\x06 \x01(\x0b\x32\x18.fedgrpc.v1.ReleaseRules\x12\x16\n\x0enext_clip_norm\x18\x07 \x01(\x01\"\xb6\x01\n\rPrivacyLedger\x12\'\n\x05rules\x18\x01 \x01(\x0b\x32\x18.fedgrpc.v1.ReleaseRules\x12\r\n\x05\x64\x65lta\x18\x02 \x01(\x01\x12\x1b\n\x0etarget_epsilon\x18\x03 \x01(\x01H\x00\x88\x01\x01\x12\x0f\n\x07planned\x18\x04 \x01(\x04\x12,\n\x08releases\x18\x05 \x03(\x0b\x32\x1a.fedgrpc.v1.PrivateReleaseB\x11\n\x0f_target_epsilon\";\n\rUpdatePrivacy\x12\x11\n\tclip_norm\x18\x01 \x01(\x01\x12\x17\n\x0fwithout_metrics\x18\x02 \x01(\x08\"p\n\x0bOneTimeKeys\x12\x0f\n\x07masking\x18\x01 \x01(\x0c\x12\x0f\n\x07sealing\x18\x02 \x01(\x0c\x12\x12\n\nseed_check\x18\x03 \x01(\x0c\x12+\n\tsignature\x18\x04 \x01(\x0b\x32\x18.fedgrpc.v1.KeySignature\"?\n\x0cKeySignature\x12\x11\n\tsigned_at\x18\x01 \x01(\x04\x12\r\n\x05value\x18\x02 \x01(\x0c\x12\r\n\x05\x63hain\x18\x03 \x03(\x0c\"W\n\x0fSecureNeighbour\x12\x0e\n\x06worker\x18\x01 \x01(\t\x12\r\n\x05point\x18\x02 \x01(\r\x12%\n\x04keys\x18\x03 \x01(\x0b\x32\x17.fedgrpc.v1.OneTimeKeys\":\n\x0cSecureTensor\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05shape\x18\x02 \x03(\x04\x12\r\n\x05\x62ound\x18\x03 \x01(\x01\"\xf2\x03\n\x0b\x43ommonTerms\x12\x0f\n\x07session\x18\x01 \x01(\x0c\x12\x0e\n\x06run_id\x18\x02 \x01(\t\x12\r\n\x05round\x18\x03 \x01(\x04\x12\x15\n\rmodel_version\x18\x04 \x01(\x04\x12\x14\n\x0cmodel_sha256\x18\x05 \x01(\x0c\x12&\n\x04plan\x18\x06 \x01(\x0b\x32\x18.fedgrpc.v1.TrainingPlan\x12\x10\n\x08\x65valuate\x18\x07 \x01(\x08\x12*\n\x07privacy\x18\x08 \x01(\x0b\x32\x19.fedgrpc.v1.UpdatePrivacy\x12\x15\n\rlearning_task\x18\t \x01(\t\x12\r\n\x05model\x18\n \x01(\t\x12\x35\n\x07options\x18\x0b \x03(\x0b\x32$.fedgrpc.v1.CommonTerms.OptionsEntry\x12\x11\n\tthreshold\x18\x0c \x01(\r\x12\x0c\n\x04\x62its\x18\r \x01(\r\x12\x13\n\x0bweight_bits\x18\x0e \x01(\r\x12\r\n\x05\x63ount\x18\x0f \x01(\r\x12\x15\n\rmost_examples\x18\x10 \x01(\x04\x12)\n\x07tensors\x18\x11 \x03(\x0b\x32\x18.fedgrpc.v1.SecureTensor\x12\x0c\n\x04norm\x18\x12 \x01(\x01\x1a.\n\x0cOptionsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"\x83\x01\n\nSecureTask\x12\x0e\n\x06\x63ommon\x18\x01 \x01(\x0c\x12%\n\x04keys\x18\x02 \x01(\x0b\x32\x17.fedgrpc.v1.OneTimeKeys\x12\r\n\x05point\x18\x03 \x01(\r\x12/\n\nneighbours\x18\x04 \x03(\x0b\x32\x1b.fedgrpc.v1.SecureNeighbour\"n\n\x0bSecureParts\x12\x31\n\x05parts\x18\x01 \x03(\x0b\x32\".fedgrpc.v1.SecureParts.PartsEntry\x1a,\n\nPartsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x0c:\x02\x38\x01\"@\n\x0eSecureQuestion\x12\r\n\x05token\x18\x01 \x01(\t\x12\x0e\n\x06run_id\x18\x02 \x01(\t\x12\x0f\n\x07\x61rrived\x18\x03 \x03(\t*\x91\x01\n\x10PrivacyMechanism\x12!\n\x1dPRIVACY_MECHANISM_UNSPECIFIED\x10\x00\x12\x1e\n\x1aPRIVACY_MECHANISM_GAUSSIAN\x10\x01\x12\x1d\n\x19PRIVACY_MECHANISM_DP_FTRL\x10\x02\x12\x1b\n\x17PRIVACY_MECHANISM_DP_MF\x10\x03\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'fedgrpc.v1.privacy_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
+  _globals['_COMMONTERMS_OPTIONSENTRY']._loaded_options = None
+  _globals['_COMMONTERMS_OPTIONSENTRY']._serialized_options = b'8\001'
   _globals['_SECUREPARTS_PARTSENTRY']._loaded_options = None
   _globals['_SECUREPARTS_PARTSENTRY']._serialized_options = b'8\001'
-  _globals['_PRIVACYMECHANISM']._serialized_start=1479
-  _globals['_PRIVACYMECHANISM']._serialized_end=1624
-  _globals['_RELEASERULES']._serialized_start=41
-  _globals['_RELEASERULES']._serialized_end=278
-  _globals['_PRIVATERELEASE']._serialized_start=281
-  _globals['_PRIVATERELEASE']._serialized_end=440
-  _globals['_PRIVACYLEDGER']._serialized_start=443
-  _globals['_PRIVACYLEDGER']._serialized_end=625
-  _globals['_UPDATEPRIVACY']._serialized_start=627
-  _globals['_UPDATEPRIVACY']._serialized_end=686
-  _globals['_ONETIMEKEYS']._serialized_start=688
-  _globals['_ONETIMEKEYS']._serialized_end=800
-  _globals['_KEYSIGNATURE']._serialized_start=802
-  _globals['_KEYSIGNATURE']._serialized_end=865
-  _globals['_SECURENEIGHBOUR']._serialized_start=867
-  _globals['_SECURENEIGHBOUR']._serialized_end=954
-  _globals['_SECURETENSOR']._serialized_start=956
-  _globals['_SECURETENSOR']._serialized_end=1014
-  _globals['_SECURETASK']._serialized_start=1017
-  _globals['_SECURETASK']._serialized_end=1298
-  _globals['_SECUREPARTS']._serialized_start=1300
-  _globals['_SECUREPARTS']._serialized_end=1410
-  _globals['_SECUREPARTS_PARTSENTRY']._serialized_start=1366
-  _globals['_SECUREPARTS_PARTSENTRY']._serialized_end=1410
-  _globals['_SECUREQUESTION']._serialized_start=1412
-  _globals['_SECUREQUESTION']._serialized_end=1476
+  _globals['_PRIVACYMECHANISM']._serialized_start=1854
+  _globals['_PRIVACYMECHANISM']._serialized_end=1999
+  _globals['_RELEASERULES']._serialized_start=65
+  _globals['_RELEASERULES']._serialized_end=302
+  _globals['_PRIVATERELEASE']._serialized_start=305
+  _globals['_PRIVATERELEASE']._serialized_end=464
+  _globals['_PRIVACYLEDGER']._serialized_start=467
+  _globals['_PRIVACYLEDGER']._serialized_end=649
+  _globals['_UPDATEPRIVACY']._serialized_start=651
+  _globals['_UPDATEPRIVACY']._serialized_end=710
+  _globals['_ONETIMEKEYS']._serialized_start=712
+  _globals['_ONETIMEKEYS']._serialized_end=824
+  _globals['_KEYSIGNATURE']._serialized_start=826
+  _globals['_KEYSIGNATURE']._serialized_end=889
+  _globals['_SECURENEIGHBOUR']._serialized_start=891
+  _globals['_SECURENEIGHBOUR']._serialized_end=978
+  _globals['_SECURETENSOR']._serialized_start=980
+  _globals['_SECURETENSOR']._serialized_end=1038
+  _globals['_COMMONTERMS']._serialized_start=1041
+  _globals['_COMMONTERMS']._serialized_end=1539
+  _globals['_COMMONTERMS_OPTIONSENTRY']._serialized_start=1493
+  _globals['_COMMONTERMS_OPTIONSENTRY']._serialized_end=1539
+  _globals['_SECURETASK']._serialized_start=1542
+  _globals['_SECURETASK']._serialized_end=1673
+  _globals['_SECUREPARTS']._serialized_start=1675
+  _globals['_SECUREPARTS']._serialized_end=1785
+  _globals['_SECUREPARTS_PARTSENTRY']._serialized_start=1741
+  _globals['_SECUREPARTS_PARTSENTRY']._serialized_end=1785
+  _globals['_SECUREQUESTION']._serialized_start=1787
+  _globals['_SECUREQUESTION']._serialized_end=1851
 # @@protoc_insertion_point(module_scope)

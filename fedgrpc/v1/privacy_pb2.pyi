@@ -1,3 +1,4 @@
+from fedgrpc.v1 import round_pb2 as _round_pb2
 from google.protobuf.internal import containers as _containers
 from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 from google.protobuf import descriptor as _descriptor
@@ -120,13 +121,27 @@ class SecureTensor(_message.Message):
     bound: float
     def __init__(self, name: _Optional[str] = ..., shape: _Optional[_Iterable[int]] = ..., bound: _Optional[float] = ...) -> None: ...
 
-class SecureTask(_message.Message):
-    __slots__ = ("session", "keys", "point", "threshold", "neighbours", "bits", "weight_bits", "count", "most_examples", "tensors", "norm")
+class CommonTerms(_message.Message):
+    __slots__ = ("session", "run_id", "round", "model_version", "model_sha256", "plan", "evaluate", "privacy", "learning_task", "model", "options", "threshold", "bits", "weight_bits", "count", "most_examples", "tensors", "norm")
+    class OptionsEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: str
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[str] = ...) -> None: ...
     SESSION_FIELD_NUMBER: _ClassVar[int]
-    KEYS_FIELD_NUMBER: _ClassVar[int]
-    POINT_FIELD_NUMBER: _ClassVar[int]
+    RUN_ID_FIELD_NUMBER: _ClassVar[int]
+    ROUND_FIELD_NUMBER: _ClassVar[int]
+    MODEL_VERSION_FIELD_NUMBER: _ClassVar[int]
+    MODEL_SHA256_FIELD_NUMBER: _ClassVar[int]
+    PLAN_FIELD_NUMBER: _ClassVar[int]
+    EVALUATE_FIELD_NUMBER: _ClassVar[int]
+    PRIVACY_FIELD_NUMBER: _ClassVar[int]
+    LEARNING_TASK_FIELD_NUMBER: _ClassVar[int]
+    MODEL_FIELD_NUMBER: _ClassVar[int]
+    OPTIONS_FIELD_NUMBER: _ClassVar[int]
     THRESHOLD_FIELD_NUMBER: _ClassVar[int]
-    NEIGHBOURS_FIELD_NUMBER: _ClassVar[int]
     BITS_FIELD_NUMBER: _ClassVar[int]
     WEIGHT_BITS_FIELD_NUMBER: _ClassVar[int]
     COUNT_FIELD_NUMBER: _ClassVar[int]
@@ -134,17 +149,36 @@ class SecureTask(_message.Message):
     TENSORS_FIELD_NUMBER: _ClassVar[int]
     NORM_FIELD_NUMBER: _ClassVar[int]
     session: bytes
-    keys: OneTimeKeys
-    point: int
+    run_id: str
+    round: int
+    model_version: int
+    model_sha256: bytes
+    plan: _round_pb2.TrainingPlan
+    evaluate: bool
+    privacy: UpdatePrivacy
+    learning_task: str
+    model: str
+    options: _containers.ScalarMap[str, str]
     threshold: int
-    neighbours: _containers.RepeatedCompositeFieldContainer[SecureNeighbour]
     bits: int
     weight_bits: int
     count: int
     most_examples: int
     tensors: _containers.RepeatedCompositeFieldContainer[SecureTensor]
     norm: float
-    def __init__(self, session: _Optional[bytes] = ..., keys: _Optional[_Union[OneTimeKeys, _Mapping]] = ..., point: _Optional[int] = ..., threshold: _Optional[int] = ..., neighbours: _Optional[_Iterable[_Union[SecureNeighbour, _Mapping]]] = ..., bits: _Optional[int] = ..., weight_bits: _Optional[int] = ..., count: _Optional[int] = ..., most_examples: _Optional[int] = ..., tensors: _Optional[_Iterable[_Union[SecureTensor, _Mapping]]] = ..., norm: _Optional[float] = ...) -> None: ...
+    def __init__(self, session: _Optional[bytes] = ..., run_id: _Optional[str] = ..., round: _Optional[int] = ..., model_version: _Optional[int] = ..., model_sha256: _Optional[bytes] = ..., plan: _Optional[_Union[_round_pb2.TrainingPlan, _Mapping]] = ..., evaluate: _Optional[bool] = ..., privacy: _Optional[_Union[UpdatePrivacy, _Mapping]] = ..., learning_task: _Optional[str] = ..., model: _Optional[str] = ..., options: _Optional[_Mapping[str, str]] = ..., threshold: _Optional[int] = ..., bits: _Optional[int] = ..., weight_bits: _Optional[int] = ..., count: _Optional[int] = ..., most_examples: _Optional[int] = ..., tensors: _Optional[_Iterable[_Union[SecureTensor, _Mapping]]] = ..., norm: _Optional[float] = ...) -> None: ...
+
+class SecureTask(_message.Message):
+    __slots__ = ("common", "keys", "point", "neighbours")
+    COMMON_FIELD_NUMBER: _ClassVar[int]
+    KEYS_FIELD_NUMBER: _ClassVar[int]
+    POINT_FIELD_NUMBER: _ClassVar[int]
+    NEIGHBOURS_FIELD_NUMBER: _ClassVar[int]
+    common: bytes
+    keys: OneTimeKeys
+    point: int
+    neighbours: _containers.RepeatedCompositeFieldContainer[SecureNeighbour]
+    def __init__(self, common: _Optional[bytes] = ..., keys: _Optional[_Union[OneTimeKeys, _Mapping]] = ..., point: _Optional[int] = ..., neighbours: _Optional[_Iterable[_Union[SecureNeighbour, _Mapping]]] = ...) -> None: ...
 
 class SecureParts(_message.Message):
     __slots__ = ("parts",)

@@ -13,7 +13,7 @@ from __future__ import annotations
 import os
 import threading
 import weakref
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, BinaryIO, Final
@@ -22,7 +22,7 @@ import numpy as np
 
 from fedgrpc.codec.chunk import crc32
 from fedgrpc.codec.digest import digest_of, new_digest
-from fedgrpc.codec.layout import Array
+from fedgrpc.codec.layout import Array, TensorSpec
 from fedgrpc.codec.manifest import Manifest
 from fedgrpc.codec.payload import (
     LazyTensors,
@@ -106,10 +106,13 @@ class HeldModel:
 
         Tensors that are stored as they are in memory are mapped, and only pages that are written to are copied.
         """
+        return {spec.name: _own(array) for spec, array in self.each()}
+
+    def each(self) -> Iterator[tuple[TensorSpec, Array]]:
+        """Yield all tensors in order, one in memory at a time. They are not to be changed."""
         content = self.mapped()
         self._note_use(content)
-        reader = PayloadReader(self.manifest, buffer_reader(content.data), valid=True)
-        return {spec.name: _own(array) for spec, array in reader}
+        yield from PayloadReader(self.manifest, buffer_reader(content.data), valid=True)
 
     def mapped(self) -> Array:
         """Return the payload's bytes, mapped. Writes to them do not reach the file."""

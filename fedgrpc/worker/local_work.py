@@ -15,12 +15,13 @@ from contextlib import AbstractAsyncContextManager
 from pathlib import Path
 from typing import Final, Protocol
 
+from fedgrpc.algorithms.combinations import counts_differences_alone
 from fedgrpc.codec.feedback import Residual
 from fedgrpc.errors import CorruptError, LayoutError, StorageError, WrongOffset
 from fedgrpc.privacy.one_time_keys import PublicKeys
 from fedgrpc.protocol.descriptions import ModelDescription
 from fedgrpc.protocol.devices import Activity
-from fedgrpc.protocol.secure import secure_terms_from_proto
+from fedgrpc.protocol.secure import check_common, secure_terms_from_proto
 from fedgrpc.protocol.tasks import Registration, Task
 from fedgrpc.rounds.policy import TaskKind
 from fedgrpc.rpc.retry import with_retries
@@ -99,19 +100,23 @@ class TaskFiles:
         version = 0 if held is None else held.version
         self._publisher.show(model_version=version, spooled_updates=self.spool.count())
 
-    def secure_part(self, task: Task, message: aggregator_pb2.Task) -> SecurePart:
+    def secure_part(self, task: Task, message: aggregator_pb2.Task, built_from: Registration) -> SecurePart:
         """Return this device's part in the secure sum that a task is of.
 
-        Blocks. Raises `LayoutError` and `UpdateRefused` for a sum that this device does not join, and
-        `StorageError`.
+        `built_from`: what the learning task was built from. Blocks. Raises `LayoutError` and `UpdateRefused` for a
+        sum that this device does not join, and `StorageError`.
         """
         if task.kind is not TaskKind.TRAIN or message.HasField("local_model"):
             # What stays on the device, as personal layers do, would be in the sum.
             raise LayoutError("a secure sum is of updates of the whole model: no other task names one")
+        if not counts_differences_alone(task.plan):
+            # What former tasks have left on this device is known to no other one.
+            raise LayoutError(f"a secure sum is of differences alone, and {task.plan.algorithm} has more")
         settings = self._settings
         terms = secure_terms_from_proto(
             message.secure, settings.name, settings.secure_colluding, settings.secure_min_workers
         )
+        check_common(terms.common, message, built_from)
         if self._certified is not None:
             self._certified.check(task.run_id, terms.circle.neighbours)
         return SecurePart(self.secure, self._client, task.token, terms)

@@ -15,13 +15,15 @@ import numpy as np
 import structlog
 
 from fedgrpc.codec.layout import Array
-from fedgrpc.errors import FedgrpcError, LayoutError, NameTaken
+from fedgrpc.codec.model_digest import model_digest
+from fedgrpc.errors import FedgrpcError, LayoutError, NameTaken, UpdateRefused
 from fedgrpc.privacy.masks import pack_words, packed_bytes
 from fedgrpc.privacy.streams import word_dtype
 from fedgrpc.protocol.secure import SecureTerms, names_from_proto
 from fedgrpc.rpc.retry import Backoff, Retries
 from fedgrpc.v1 import privacy_pb2
 from fedgrpc.worker.client import AggregatorClient
+from fedgrpc.worker.held_model import HeldModel
 from fedgrpc.worker.secure_memory import SecureMemory
 
 _WAIT_S: Final = 10.0
@@ -63,6 +65,13 @@ class SecurePart:
             await asyncio.sleep(_PAUSE_S)
         fixed = await asyncio.to_thread(task.with_roster, told.roster, told.parts)
         await asyncio.to_thread(self._memory.fix, self._token, fixed)
+
+    def check_model(self, model: HeldModel) -> None:
+        """Raise `UpdateRefused` unless this device trains from the model that all of the sum do. Slow."""
+        if model_digest(model.each()) != self._terms.common.model_sha256:
+            raise UpdateRefused(
+                f"the model version {model.version} that came is not the one that all devices of the sum train"
+            )
 
     def masked(self, update: Mapping[str, Array], examples: int, rng: np.random.Generator) -> Array:
         """Return the masked vector of an update as bytes, uint8; `rng` draws its rounding. Slow.

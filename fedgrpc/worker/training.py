@@ -87,6 +87,7 @@ class TrainerWork:
         self._publisher = publisher
         self._build_trainer = build_trainer
         self._trainer: Trainer | None = None
+        self._built_from: Registration | None = None
         self._built = asyncio.Event()
         # Trainers know no threads, and a device has memory for one training.
         self._trainer_in_use = asyncio.Lock()
@@ -106,6 +107,7 @@ class TrainerWork:
         if self._trainer is not None:
             return False
         self._trainer = guarded(await asyncio.to_thread(self._build_trainer, registration))
+        self._built_from = registration
         self._process_bytes = resident_bytes()
         self._built.set()
         return True
@@ -155,7 +157,8 @@ class TrainerWork:
         forget_peak_memory()
         part = None
         if message.HasField("secure"):
-            part = await asyncio.to_thread(self._files.secure_part, task, message)
+            assert self._built_from is not None
+            part = await asyncio.to_thread(self._files.secure_part, task, message, self._built_from)
         async with sharing(part) as shared:
             return await self._performed(task, message, report, part, shared)
 
@@ -167,7 +170,7 @@ class TrainerWork:
         part: SecurePart | None,
         shared: asyncio.Task[None] | None,
     ) -> SpooledUpdate:
-        given, layout, download_s = await self._download(task, report)
+        given, layout, download_s = await self._download(task, report, part)
         began = Began(download_s, time.monotonic())
         stop = threading.Event()
         hooks = Hooks(stop, self._reporter(stop), self._settings.throttle)
@@ -194,11 +197,13 @@ class TrainerWork:
             self._trained = (task.run_id, examples)
         return update
 
-    async def _download(self, task: Task, report: Report) -> tuple[Given, Layout, float]:
+    async def _download(self, task: Task, report: Report, part: SecurePart | None) -> tuple[Given, Layout, float]:
         """Return the weights to start from, their layout, and the seconds that their download took."""
         if task.kind is TaskKind.INITIALIZE:
             return lambda on_access: {}, (), 0.0
         held, download_s = await self._files.download(task, report, self._most_bytes(task))
+        if part is not None:
+            await asyncio.to_thread(part.check_model, held)
         spool = self._files.spool
 
         def given(on_access: bool) -> Weights:

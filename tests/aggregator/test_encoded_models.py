@@ -75,6 +75,16 @@ async def test_a_lossless_model_that_is_held_is_not_sent_again(tmp_path):
         assert (await versions.pull(1, (1, bytes(16)), LOSSLESS)).manifest == whole.manifest
 
 
+async def test_without_differences_all_have_a_version_in_one_form(tmp_path):
+    """A worker that holds it in another form, by a difference of former settings, gets it whole."""
+    async with versions_in(tmp_path) as versions:
+        versions.write(1, 2)
+        by_difference = await versions.holding(2, await versions.holding(1))
+        whole = await versions.pull(2, by_difference, Downlink(INT8))
+        assert (whole.base_version, whole.payload.size_bytes) == (0, whole.manifest.size_bytes)
+        assert (await versions.pull(2, (2, whole.manifest.digest), Downlink(INT8))).payload is None
+
+
 async def test_a_worker_gets_the_difference_to_what_it_holds_also_over_versions_that_it_missed(tmp_path):
     async with versions_in(tmp_path) as versions:
         versions.write(1, 2, 3)

@@ -528,7 +528,7 @@ async def test_a_round_whose_sum_the_disk_has_damaged_is_abandoned_and_the_run_g
         await running.until_task("w0", round_pb2.TASK_PHASE_TRAINING)
         await process.kill()
     path = tmp_path / "aggregator" / stored_sum.FILE
-    path.write_bytes(path.read_bytes().replace(b'"bits": 8', b'"bits": 9'))
+    path.write_bytes(path.read_bytes().replace(b'"least": 3', b'"least": 2'))
     async with aggregator_process(tmp_path, *arguments, address=address) as (process, running):
         record = await running.until_ended(1)
         assert record.phase == round_pb2.ROUND_PHASE_ABANDONED
@@ -551,6 +551,9 @@ async def test_a_round_whose_sum_the_disk_has_damaged_is_abandoned_and_the_run_g
         ({"worker_weights": {"w0": 1.0}}, "weight"),
         ({"max_examples": 5}, "secure_weight_bits"),
         ({"local_models": PlanTable(LocalModelPlan(width=0.5))}, "local_models"),
+        ({"difference_recipe": "entropy:c=1+zstd"}, "difference_recipe"),
+        ({"download_recipe": "auto"}, "one download_recipe"),
+        ({"plan": TrainingPlan(upload_reserve_s=1.0)}, "upload_reserve_s"),
         ({"plan": TrainingPlan(algorithm="qfedavg:q=1", learning_rate=0.1)}, "differences"),
         ({"secure": SecurePolicy(8, secure_colluding=2)}, "secure_colluding"),
         (

@@ -45,8 +45,10 @@ _KEYS: Final = {name: secrets.public for name, secrets in _SECRETS.items()}
 
 @cache
 def _opened() -> SecureSum:
+    common = secure.common_terms(_VECTOR, 2, session=b"session", run_id="r", model_sha256=bytes(32))
     return SecureSum.opened(
-        _KEYS, _VECTOR, b"session", np.random.default_rng(1), colluding=0, least=3, phase_s=9.0, now=0.0
+        *(_KEYS, _VECTOR, common.SerializeToString(), np.random.default_rng(1)),
+        **{"threshold": common.threshold, "least": 3, "phase_s": 9.0, "now": 0.0},
     )
 
 
@@ -112,6 +114,9 @@ def _shares_a_key(one: PublicKeys, other: PublicKeys) -> bool:
 def secure_tasks(rnd: Random, folder: Path) -> None:
     """A device takes part in whatever an aggregator asks for, as far as that goes."""
     message = spoiled(_message("a"), rnd) if rnd.random() < 0.8 else invented(privacy_pb2.SecureTask, rnd)
+    if rnd.random() < 0.5:
+        common = secure.common_terms_from_bytes(message.common)
+        message.common = spoiled(common, rnd).SerializeToString()
     terms = secure.secure_terms_from_proto(message, "a", rnd.choice((0, 0, 1)))
     task = SecureTask(terms.circle, _SECRETS["a"])
     assert task.sealed_shares().keys() == terms.circle.neighbours.keys()
@@ -119,6 +124,7 @@ def secure_tasks(rnd: Random, folder: Path) -> None:
     if rnd.random() < 0.7:
         told = spoiled(told, rnd)
     task = task.with_roster(secure.names_from_proto(told.roster), secure.parts_from_proto(told.parts))
+    assert message.common == _message("a").common, "a device masks an update of another task than its neighbours"
     masks = task.masks(terms.vector.sum_bits)
     for piece in terms.vector.pieces(_UPDATE, 7, np.random.default_rng(1)):
         masks.add_to(piece)

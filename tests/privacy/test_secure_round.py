@@ -354,16 +354,23 @@ def test_whatever_devices_are_asked_they_never_tell_two_secrets_nor_mask_twice(s
     assert len(set(answered)) <= 1
 
 
+def with_roster(tasks: Mapping[str, SecureTask], name: str, roster: Collection[str] = ()) -> SecureTask:
+    """Return the task of a device that is told the roster, of all without one."""
+    roster = frozenset(roster or tasks)
+    boxes = {other: tasks[other].sealed_shares()[name] for other in roster - {name}}
+    return tasks[name].with_roster(roster, boxes)
+
+
 class TestSecureTask:
     def test_an_update_is_needed_before_a_question_is_answered(self) -> None:
         _, tasks = opened(4, seed=1)
-        task = tasks["w00"].with_roster(frozenset(tasks), {})
+        task = with_roster(tasks, "w00")
         with pytest.raises(UpdateRefused, match="sent no update"):
             task.with_question(frozenset(tasks))
 
     def test_masks_are_used_once(self) -> None:
         _, tasks = opened(4, seed=1)
-        task = tasks["w00"].with_roster(frozenset(tasks), {}).with_masked(bytes(32))
+        task = with_roster(tasks, "w00").with_masked(bytes(32))
         assert task.with_masked(bytes(32)) == task
         with pytest.raises(UpdateRefused, match="used"):
             task.masks(BITS)
@@ -382,11 +389,21 @@ class TestSecureTask:
         task = replace(tasks["w00"], circle=replace(tasks["w00"].circle, least=5))
         with pytest.raises(UpdateRefused, match="makes 4, and it joins secure sums of 5"):
             task.with_roster(names - {"w01", "w02"}, {})
-        masked = task.with_roster(names, {}).with_masked(bytes(32))
+        masked = with_roster({**tasks, "w00": task}, "w00").with_masked(bytes(32))
         # Enough for the threshold, and for the aggregator.
         with pytest.raises(UpdateRefused, match="3 neighbours are in the sum, fewer than 4"):
             masked.with_question(names - {"w01", "w02"})
         assert masked.with_question(names - {"w01"}).confirmations().keys() == names - {"w00", "w01"}
+
+    def test_a_device_whose_neighbours_were_told_another_task_masks_nothing(self) -> None:
+        _, tasks = opened(5, seed=1)
+        for name in ("w01", "w02"):
+            tasks[name] = replace(tasks[name], circle=replace(tasks[name].circle, session=b"another task"))
+        # Two of four are of its task, and three are wanted: one more than half of them.
+        with pytest.raises(UpdateRefused, match="2 neighbours can be opened, fewer than 3"):
+            with_roster(tasks, "w00")
+        tasks["w01"] = replace(tasks["w01"], circle=replace(tasks["w01"].circle, session=b"run 1, round 4"))
+        assert with_roster(tasks, "w00").masks(BITS)
 
     def test_before_the_roster_nothing_is_masked(self) -> None:
         _, tasks = opened(4, seed=1)

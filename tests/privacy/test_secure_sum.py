@@ -15,7 +15,14 @@ from fedgrpc.codec.layout import Array
 from fedgrpc.errors import UpdateRefused
 from fedgrpc.privacy.masks import Masks
 from fedgrpc.privacy.neighbours import degree_of, neighbours, threshold_of
-from fedgrpc.privacy.one_time_keys import PublicKeys, Secrets, pair_mask_key
+from fedgrpc.privacy.one_time_keys import (
+    PublicKeys,
+    Secrets,
+    pair_mask_key,
+    roster_digest,
+    self_mask_key,
+    session_of,
+)
 from fedgrpc.privacy.secure_sum import CONFIRMATION_BYTES, SEALED_BYTES, Circle, Participant
 from fedgrpc.privacy.streams import word_dtype
 from fedgrpc.privacy.unmasking import SumLost, Unmasking
@@ -334,6 +341,39 @@ class TestParticipant:
     def _keys_with_copies(self, world: VirtualRound) -> list[bytes]:
         secret, public = world.secrets["w001"].masking, world.keys["w002"].masking
         return [pair_mask_key(secret, public, SESSION, "w001", name) for name in ("w000", "w002")]
+
+    def test_devices_of_another_task_than_their_neighbours_cannot_be_unmasked(self) -> None:
+        """An aggregator that gives all neighbours of a device a task of no effect would else see its update."""
+        world = VirtualRound(6, seed=7)
+        others, target = world.names[1:], world.names[0]
+        elsewhere = session_of(b"another task")
+        for name in others:
+            circle = replace(world.devices[name].circle, session=elsewhere)
+            world.devices[name] = Participant(circle, world.secrets[name])
+            world.values[name][:] = 0
+        world.share(world.names)
+        for name in world.names:
+            trusts_others = name != target
+            own = world.devices[name]
+            if trusts_others:
+                own.check_shares(world.sealed[name])
+            else:
+                with pytest.raises(UpdateRefused, match="another task"):
+                    own.check_shares(world.sealed[name])
+        # Should it send its vector nevertheless: it confirms to nobody, and answers nothing.
+        with pytest.raises(UpdateRefused, match="0 neighbours confirm"):
+            world.answer(target, world.names)
+        # Its neighbours answer for each other, in either way, and have no share of either secret of it.
+        for arrived in (world.names, others):
+            confirmed = world.confirmed(others, arrived)
+            assert all(target not in world.answer(name, arrived, confirmed) for name in others)
+        # All self seeds, were they known, leave the masks of its pairs.
+        total = world.masked_sum(world.names)
+        for name in world.names:
+            session = SESSION if name == target else elsewhere
+            key = self_mask_key(world.secrets[name].self_seed, roster_digest(session, world.names))
+            total = Masks([(key, -1)], BITS).add_to(total)
+        assert (total == world.values[target]).sum() <= 1
 
     @pytest.mark.parametrize(("threshold", "colluding"), [(0, 0), (3, 0), (8, 0), (4, 1), (5, 3)])
     def test_a_threshold_that_opens_both_secrets_or_cannot_be_reached_is_refused(

@@ -5,6 +5,7 @@ import pytest
 
 from fedgrpc.aggregator.secure_sums import unmasked_sum
 from fedgrpc.errors import FedgrpcError, UpdateRefused
+from fedgrpc.privacy.neighbours import threshold_of
 from fedgrpc.privacy.one_time_keys import Secrets
 from fedgrpc.privacy.secure_round import SecurePhase, TellRoster
 from fedgrpc.privacy.secure_sum import Circle
@@ -64,14 +65,15 @@ class SecureScenario(RunScenario):
         names = self.machine.idle_trainers(self.fleet, self.now)[: select.count]
         keys = {name: self.machine.keys[name] for name in names if name not in refused}
         rng = np.random.default_rng(0)
-        sum_ = SecureSum.opened(keys, VECTOR, b"s", rng, colluding=0, least=3, phase_s=10.0, now=self.now)
+        about = {"least": 3, "phase_s": 10.0, "now": self.now}
+        sum_ = SecureSum.opened(keys, VECTOR, b"common", rng, threshold=threshold_of(len(keys) - 1), **about)
         tasks = tuple((self.token(name), name) for name in names)
         refused = {self.token(name): "no keys" for name in names if name not in keys}
         self(TasksGiven(Selected(tasks), {token: TaskContext() for token, _ in tasks}, sum_, refused))
         names = [name for name in names if name in keys]
         for name in names:
             around = {other: keys[other] for other in sum_.state.graph[name]}
-            circle = Circle(b"s", name, around, sum_.state.points, sum_.state.thresholds[name])
+            circle = Circle(sum_.state.session, name, around, sum_.state.points, sum_.state.thresholds[name])
             self.devices[name] = SecureTask(circle, self.secrets[name])
         return self
 

@@ -9,6 +9,7 @@ from fedgrpc.errors import UpdateRefused
 from fedgrpc.privacy.one_time_keys import Secrets
 from fedgrpc.privacy.secure_sum import Circle
 from fedgrpc.worker.secure_memory import SecureMemory
+from tests.support.sealed_shares import sealed_to
 
 OTHERS = {name: Secrets(bytes([number]) * 32) for number, name in enumerate("bcd", start=1)}
 EVERYBODY = frozenset("abcd")
@@ -27,8 +28,9 @@ def restarted(tmp_path):
 def masked(tmp_path, sha256=b"1" * 32):
     """The memory of a device that has sent its update."""
     memory = restarted(tmp_path)
-    task = memory.begin("t", circle(), memory.public_keys())
-    task = memory.fix("t", task.with_roster(EVERYBODY, {}))
+    keys = memory.public_keys()
+    task = memory.begin("t", circle(), keys)
+    task = memory.fix("t", task.with_roster(EVERYBODY, sealed_to(circle(), keys, OTHERS)))
     return memory.fix("t", task.with_masked(sha256))
 
 

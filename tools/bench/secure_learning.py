@@ -3,10 +3,10 @@
     python -m tools.bench.secure_learning --rounds 10 --seeds 3 --modes float secure:8 secure:6 secure:4
 
 An aggregator in a process of its own, and all workers in this one, with the network of
-`tools.bench.secure_accuracy`. Models travel as float32 in every mode, and so do updates without masks. A device
-draws the same batches in all modes of a seed, so they differ by the rounding of updates alone. Modes with noise
-(`noise`, `noise+secure:8`) draw theirs under a key of their own: compare them over seeds. Results are kept in
-FILE, so that a study that was stopped goes on.
+`tools.bench.secure_accuracy`. Models travel as float32 in every mode, and so do updates without masks, unless
+`--encoding` says otherwise. A device draws the same batches in all modes of a seed, so they differ by the rounding
+of updates alone. Modes with noise (`noise`, `noise+secure:8`) draw theirs under a key of their own: compare them over
+seeds. Results are kept in FILE, so that a study that was stopped goes on.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ async def accuracy(mode: str, seed: int, arguments: argparse.Namespace) -> float
         save_file({name: each.astype(np.float32) for name, each in model.items()}, folder / "model.safetensors")
         flags = flags_of(mode, max(map(len, parts)), arguments)
         flags += ["--initial-model", str(folder / "model.safetensors"), "--rounds", str(arguments.rounds)]
-        flags += ["--seed", str(seed), "--encoding", "raw"]
+        flags += ["--seed", str(seed), "--encoding", arguments.encoding]
         records, _ = await finished(folder, flags, trainers)
         if any(each.phase != ROUND_PHASE_COMMITTED for each in records):
             raise RuntimeError(f"a round of {mode} was abandoned: {[each.reason for each in records]}")
@@ -93,6 +93,7 @@ def main() -> None:
     parser.add_argument("--modes", nargs="+", default=["float", "secure:8", "secure:6", "secure:4"])
     parser.add_argument("--noise-multiplier", type=float, default=0.02)
     parser.add_argument("--noise-clip-norm", type=float, default=1.0)
+    parser.add_argument("--encoding", default="raw", help="of models, and of updates without masks")
     parser.add_argument("--file", type=Path, default=Path("secure_learning.json"))
     arguments = parser.parse_args()
     configure("warning")
@@ -102,6 +103,8 @@ def main() -> None:
             about = f"{mode} seed {seed} of {arguments.workers} workers, {arguments.rounds} rounds"
             if mode.startswith("noise"):
                 about += f", noise {arguments.noise_multiplier}, clip norm {arguments.noise_clip_norm}"
+            if arguments.encoding != "raw":
+                about += f", encoding {arguments.encoding}"
             if about not in found:
                 found[about] = asyncio.run(accuracy(mode, seed, arguments))
                 arguments.file.write_text(json.dumps(found, indent=1))
