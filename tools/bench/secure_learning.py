@@ -5,8 +5,8 @@
 An aggregator in a process of its own, and all workers in this one, with the network of
 `tools.bench.secure_accuracy`. Models travel as float32 in every mode, and so do updates without masks, unless
 `--encoding` says otherwise. A device draws the same batches in all modes of a seed, so they differ by the rounding
-of updates alone. Modes with noise (`noise`, `noise+secure:8`) draw theirs under a key of their own: compare them over
-seeds. Results are kept in FILE, so that a study that was stopped goes on.
+of updates alone. Modes with noise (`noise`, `noise+secure:8`) draw theirs under a key of their own: compare them
+over seeds. Results are kept in FILE, so that a study that was stopped goes on.
 """
 
 from __future__ import annotations
