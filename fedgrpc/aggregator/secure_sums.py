@@ -116,7 +116,6 @@ class SecureSums:
         common = common_terms(
             vector,
             threshold,
-            session=secrets.token_bytes(_SESSION_BYTES),
             run_id=self._shell.machine.id,
             round=round_.number,
             model_version=round_.base_version,
@@ -147,14 +146,20 @@ class SecureSums:
         assert secure.secure_bits is not None
         assert clip_norm is not None
         shapes = {spec.name: spec.shape for spec in layout if spec.is_trained}
-        bits, count = secure.secure_bits, max(1, count)
+        bits, count, seed = secure.secure_bits, max(1, count), secrets.token_bytes(_SESSION_BYTES)
         if self._settings.privacy.on:
             # Bounds by the last mean would tell of it without noise.
             bound = grid_bound(clip_norm, sum(map(prod, shapes.values())), bits)
-            return SecureVector(shapes, dict.fromkeys(shapes, bound), bits, 0, count, norm=clip_norm)
+            return SecureVector(shapes, dict.fromkeys(shapes, bound), bits, 0, count, norm=clip_norm, seed=seed)
         bounds = known_bounds(self._models.open(version).about(BOUNDS), shapes, clip_norm)
         most = instructions.max_examples or 1
-        return SecureVector(shapes, bounds, bits, secure.secure_weight_bits, count, most)
+        coordinates = int(secure.secure_coordinates * 2**32) if secure.secure_coordinates < 1 else 0
+        vector = SecureVector(
+            *(shapes, bounds, bits, secure.secure_weight_bits, count, most), coordinates=coordinates, seed=seed
+        )
+        # Coordinates are drawn here, off the event loop.
+        assert vector.size
+        return vector
 
     async def store(self, round_: RoundInProgress | None = None) -> None:
         """Store the sum of the round in progress, or of `round_` before it is, and only then let devices know."""

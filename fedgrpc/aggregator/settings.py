@@ -302,9 +302,15 @@ class AggregatorSettings:
             "with leaf goes without no metrics: a leaf tells its devices nothing of it": (
                 self.sums_at_leaves and not privacy.metrics
             ),
+            "with leaf goes without secure_coordinates: each leaf would have others": (
+                self.sums_at_leaves and self.secure.secure_coordinates < 1
+            ),
             "goes without late = 'carry': masks cancel within one round": policy.late == "carry",
             "with privacy goes without secure_weight_bits: all updates weigh the same": (
                 privacy.on and self.secure.secure_weight_bits > 0
+            ),
+            "with privacy goes without secure_coordinates: noise is accounted for whole updates": (
+                privacy.on and self.secure.secure_coordinates < 1
             ),
             "goes without aggregation: rules look at single updates": aggregation_of(self.aggregation) is not None,
             "goes without clip_quantile, which looks at single updates": self.clip_quantile is not None,

@@ -307,6 +307,11 @@ SETTINGS: list[Setting] = [
         "0: all others up to 100 devices.",
     ),
     _secure(
+        "--secure-coordinates",
+        "Share of each large tensor that a round's updates have, drawn anew each round, the same on all devices: "
+        "with 0.25 a quarter of the bytes.",
+    ),
+    _secure(
         "--secure-colluding",
         "So many neighbours of a device may work with the aggregator and learn nothing more; more must answer.",
     ),

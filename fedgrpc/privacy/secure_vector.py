@@ -1,14 +1,16 @@
 """Update as the one vector of integers that a secure sum adds: all tensors in order, then the weight.
 
-The rule: everything that gives an element its meaning (order, bounds, bits, what a weight of 1 stands for) comes
-with the task and is the same for all devices. The aggregator sets it from what it knows anyway, the mean of the
-last round.
+The rule: everything that gives an element its meaning (order, bounds, bits, coordinates, what a weight of 1 stands
+for) comes with the task and is the same for all devices. The aggregator sets it from what it knows anyway, the
+mean of the last round.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
+from hashlib import sha256
 from math import isfinite, prod
 from typing import Final
 
@@ -18,6 +20,8 @@ from fedgrpc.codec.layout import Array
 from fedgrpc.errors import EncodeError, LayoutError, UpdateRefused, UsageError
 from fedgrpc.privacy.bounded_rounding import clip_norm, folded, squared_length
 from fedgrpc.privacy.fixed_point import FixedPoint
+from fedgrpc.privacy.one_time_keys import label
+from fedgrpc.privacy.streams import RandomStream
 
 # Devices' values spread more than their mean. Measured on Fashion-MNIST: 1 in 10,000 values is clipped. A margin
 # of 2 clips 1 in 1,000, and costs 0.8 points of accuracy.
@@ -27,6 +31,9 @@ _LEAST_SHARE: Final = 1e-6
 _PIECE: Final = 1 << 15
 # One of a million roundings of a clipped update is too long.
 _MOST_DRAWS: Final = 20
+_WORD_BITS: Final = 32
+# Smaller tensors, such as biases, weigh little, and a few of their elements would tell too little of their bounds.
+_WHOLE_BELOW: Final = 1024
 
 
 @dataclass(frozen=True)
@@ -38,6 +45,9 @@ class SecureVector:
 
     With `norm` no device adds more than an update of that length, after rounding too, and none moves the sum
     further than that: what noise needs (`fedgrpc.privacy.bounded_rounding`). All tensors then have one bound.
+
+    With `coordinates` C above 0 the vector has those elements of large tensors that follow from `seed`, each with
+    the chance C / 2^32 (random mask, arXiv 1610.05492): the same on all devices. The others stay as they are.
     """
 
     shapes: Mapping[str, tuple[int, ...]]
@@ -47,6 +57,8 @@ class SecureVector:
     count: int
     most_examples: int = 1
     norm: float | None = None
+    coordinates: int = 0
+    seed: bytes = b""
 
     def __post_init__(self) -> None:
         if self.shapes.keys() != self.bounds.keys() or not self.shapes:
@@ -57,6 +69,8 @@ class SecureVector:
             raise UsageError(f"the norm of a secure sum's updates is a number above 0, not {self.norm}")
         if self.norm is not None and (self.weight_bits or len(set(self.bounds.values())) > 1):
             raise UsageError("a secure sum of updates within a norm has one bound, and no weights")
+        if not 0 <= self.coordinates < 1 << _WORD_BITS or (self.coordinates and self.norm is not None):
+            raise UsageError(f"coordinates are a number below 2^{_WORD_BITS}, and 0 for updates within a norm")
         for name in self.shapes:
             self._grid(name)
 
@@ -65,10 +79,28 @@ class SecureVector:
         """Bits of one element: all arithmetic is modulo 2 to this power."""
         return self._any_grid.sum_bits
 
-    @property
+    @cached_property
     def size(self) -> int:
-        """Elements of the vector."""
-        return sum(prod(shape) for shape in self.shapes.values()) + 1
+        """Elements of the vector. Slow where coordinates have to be drawn."""
+        return sum(self._count(name) for name in self.shapes) + 1
+
+    @cached_property
+    def _chosen(self) -> dict[str, Array]:
+        """Marks of the elements of each tensor that the vector has, flat; a tensor that is not here has all."""
+        large = {name: size for name, shape in self.shapes.items() if (size := prod(shape)) >= _WHOLE_BELOW}
+        return {name: self._drawn(name, size) for name, size in large.items()} if self.coordinates else {}
+
+    def _drawn(self, name: str, size: int) -> Array:
+        stream = RandomStream(sha256(label("coordinates", self.seed, name.encode())).digest())
+        marks = np.empty(size, bool)
+        for start in range(0, size, _PIECE):
+            piece = marks[start : start + _PIECE]
+            np.less(stream.words(piece.size, _WORD_BITS), self.coordinates, out=piece)
+        return marks
+
+    def _count(self, name: str) -> int:
+        marks = self._chosen.get(name)
+        return prod(self.shapes[name]) if marks is None else int(np.count_nonzero(marks))
 
     @property
     def clip_norm(self) -> float | None:
@@ -101,6 +133,8 @@ class SecureVector:
     def _rounded(self, update: Mapping[str, Array], weight: int, rng: np.random.Generator) -> Iterator[Array]:
         for name in self.shapes:
             grid, values = self._grid(name), update[name].reshape(-1)
+            if name in self._chosen:
+                values = values[self._chosen[name]]
             for start in range(0, values.size, _PIECE):
                 yield grid.encode(values[start : start + _PIECE], weight, rng)
 
@@ -118,10 +152,11 @@ class SecureVector:
     def means(self, total: Array) -> dict[str, Array]:
         """Return the weighted mean of each tensor, float64, from the sum of all vectors.
 
-        Raises LayoutError for another size, and UpdateRefused for a sum that no honest devices make.
+        NaN stands for the coordinates that the vector has not. Raises LayoutError for another size, and
+        UpdateRefused for a sum that no honest devices make.
         """
         weight = int(total[-1])
-        return {name: self._grid(name).mean(part, weight) for name, part in self._parts(total)}
+        return {name: self._whole(name, self._grid(name).mean(part, weight)) for name, part in self._parts(total)}
 
     def examples(self, total: Array) -> float:
         """Return the examples that the weight of a sum stands for; without weights, one for each update."""
@@ -137,16 +172,25 @@ class SecureVector:
             raise UpdateRefused(f"the weights of a secure sum of {count} updates add up to {int(total[-1])}")
         half_step = self._any_grid.step / 2 / cohort
         return {
-            name: half_step * folded(part, count, self.bits, self.sum_bits) for name, part in self._parts(total)
+            name: self._whole(name, half_step * folded(part, count, self.bits, self.sum_bits))
+            for name, part in self._parts(total)
         }
+
+    def _whole(self, name: str, values: Array) -> Array:
+        """Return the tensor with these values where the vector has them, and NaN elsewhere."""
+        if name in self._chosen:
+            tensor = np.full(self._chosen[name].size, np.nan)
+            tensor[self._chosen[name]] = values
+            values = tensor
+        return values.reshape(self.shapes[name])
 
     def _parts(self, total: Array) -> Iterator[tuple[str, Array]]:
         if total.shape != (self.size,):
             raise LayoutError(f"the sum has {total.size} elements, and not {self.size}")
         start = 0
-        for name, shape in self.shapes.items():
-            end = start + prod(shape)
-            yield name, total[start:end].reshape(shape)
+        for name in self.shapes:
+            end = start + self._count(name)
+            yield name, total[start:end]
             start = end
 
     @property
@@ -163,9 +207,12 @@ def bounds_after(means: Mapping[str, Array], clip_norm: float) -> dict[str, floa
     """Return each tensor's bound for the next round: four times the largest value of the last mean.
 
     At most `clip_norm`, which no value of a clipped update exceeds. A bound that was too small grows fourfold each
-    round until it fits.
+    round until it fits. A tensor of which the sum said nothing has none.
     """
+    # NaN is where the sum said nothing.
+    largest = {name: np.abs(mean[~np.isnan(mean)]) for name, mean in means.items()}
     return {
-        name: float(np.clip(_MARGIN * np.abs(mean).max(initial=0), _LEAST_SHARE * clip_norm, clip_norm))
-        for name, mean in means.items()
+        name: float(np.clip(_MARGIN * values.max(initial=0), _LEAST_SHARE * clip_norm, clip_norm))
+        for name, values in largest.items()
+        if values.size or not means[name].size
     }

@@ -80,7 +80,10 @@ def is_short(chain: Sequence[bytes]) -> bool:
 
 
 def common_terms(vector: SecureVector, threshold: int, **told: Any) -> privacy_pb2.CommonTerms:
-    """Return what all devices of a sum are told alike; `told` are the fields beside those of the vector."""
+    """Return what all devices of a sum are told alike; `told` are the fields beside those of the vector.
+
+    The vector's seed is what names the session.
+    """
     return privacy_pb2.CommonTerms(
         threshold=threshold,
         bits=vector.bits,
@@ -88,6 +91,8 @@ def common_terms(vector: SecureVector, threshold: int, **told: Any) -> privacy_p
         count=vector.count,
         most_examples=vector.most_examples if vector.weight_bits else 0,
         norm=vector.norm or 0.0,
+        session=vector.seed,
+        coordinates=vector.coordinates,
         tensors=[
             privacy_pb2.SecureTensor(name=name, shape=shape, bound=vector.bounds[name])
             for name, shape in vector.shapes.items()
@@ -187,6 +192,8 @@ def vector_of(message: privacy_pb2.CommonTerms) -> SecureVector:
             message.count,
             message.most_examples or 1,
             message.norm or None,
+            message.coordinates,
+            message.session,
         )
     except UsageError as error:
         raise LayoutError(f"the task asks for a secure sum that cannot be: {error}") from None
@@ -211,6 +218,8 @@ def groups_complaint(leaf: round_pb2.LeafInstructions, own: SecurePolicy) -> str
             f"the parent has --secure-aggregation {told.bits} and --secure-weight-bits {told.weight_bits}, this "
             f"leaf {own.secure_bits} and {own.secure_weight_bits}: give it the parent's"
         )
+    if own.secure_coordinates < 1:
+        return "a mean of some coordinates goes to no parent: take --secure-coordinates from this leaf"
     if own.secure_colluding < told.colluding:
         return f"the parent has --secure-colluding {told.colluding}, this leaf no more than {own.secure_colluding}"
     return ""

@@ -122,7 +122,7 @@ class SecureTensor(_message.Message):
     def __init__(self, name: _Optional[str] = ..., shape: _Optional[_Iterable[int]] = ..., bound: _Optional[float] = ...) -> None: ...
 
 class CommonTerms(_message.Message):
-    __slots__ = ("session", "run_id", "round", "model_version", "model_sha256", "plan", "evaluate", "privacy", "learning_task", "model", "options", "threshold", "bits", "weight_bits", "count", "most_examples", "tensors", "norm")
+    __slots__ = ("session", "run_id", "round", "model_version", "model_sha256", "plan", "evaluate", "privacy", "learning_task", "model", "options", "threshold", "bits", "weight_bits", "count", "most_examples", "tensors", "norm", "coordinates")
     class OptionsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -148,6 +148,7 @@ class CommonTerms(_message.Message):
     MOST_EXAMPLES_FIELD_NUMBER: _ClassVar[int]
     TENSORS_FIELD_NUMBER: _ClassVar[int]
     NORM_FIELD_NUMBER: _ClassVar[int]
+    COORDINATES_FIELD_NUMBER: _ClassVar[int]
     session: bytes
     run_id: str
     round: int
@@ -166,7 +167,8 @@ class CommonTerms(_message.Message):
     most_examples: int
     tensors: _containers.RepeatedCompositeFieldContainer[SecureTensor]
     norm: float
-    def __init__(self, session: _Optional[bytes] = ..., run_id: _Optional[str] = ..., round: _Optional[int] = ..., model_version: _Optional[int] = ..., model_sha256: _Optional[bytes] = ..., plan: _Optional[_Union[_round_pb2.TrainingPlan, _Mapping]] = ..., evaluate: _Optional[bool] = ..., privacy: _Optional[_Union[UpdatePrivacy, _Mapping]] = ..., learning_task: _Optional[str] = ..., model: _Optional[str] = ..., options: _Optional[_Mapping[str, str]] = ..., threshold: _Optional[int] = ..., bits: _Optional[int] = ..., weight_bits: _Optional[int] = ..., count: _Optional[int] = ..., most_examples: _Optional[int] = ..., tensors: _Optional[_Iterable[_Union[SecureTensor, _Mapping]]] = ..., norm: _Optional[float] = ...) -> None: ...
+    coordinates: int
+    def __init__(self, session: _Optional[bytes] = ..., run_id: _Optional[str] = ..., round: _Optional[int] = ..., model_version: _Optional[int] = ..., model_sha256: _Optional[bytes] = ..., plan: _Optional[_Union[_round_pb2.TrainingPlan, _Mapping]] = ..., evaluate: _Optional[bool] = ..., privacy: _Optional[_Union[UpdatePrivacy, _Mapping]] = ..., learning_task: _Optional[str] = ..., model: _Optional[str] = ..., options: _Optional[_Mapping[str, str]] = ..., threshold: _Optional[int] = ..., bits: _Optional[int] = ..., weight_bits: _Optional[int] = ..., count: _Optional[int] = ..., most_examples: _Optional[int] = ..., tensors: _Optional[_Iterable[_Union[SecureTensor, _Mapping]]] = ..., norm: _Optional[float] = ..., coordinates: _Optional[int] = ...) -> None: ...
 
 class SecureTask(_message.Message):
     __slots__ = ("common", "keys", "point", "neighbours")

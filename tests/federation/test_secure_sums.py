@@ -84,6 +84,41 @@ async def test_the_unmasked_sum_of_four_workers_is_bit_for_bit_that_of_their_int
     assert watched.sums[1][0].vector.bounds["w"] < watched.sums[0][0].vector.bounds["w"]
 
 
+async def test_a_sum_of_a_quarter_of_the_coordinates_is_right_there_and_the_model_stays_as_it_is_elsewhere(
+    tmp_path, watched
+):
+    model = {"w": np.linspace(-1, 1, 40_000, dtype=np.float32), "b": np.zeros(10, np.float32)}
+    save_file(model, tmp_path / "initial.safetensors")
+    secure = {"secure": SecurePolicy(secure_bits=8, secure_coordinates=0.25), "clip_norm": 100.0}
+    policy = {"min_workers": 4, "quorum": 3}
+    # An optimizer with momentum would go on where a round says nothing.
+    async with running_aggregator(
+        tmp_path, **secure, policy=policy, rounds=2, server_optimizer="fedadam", download_recipe="raw"
+    ) as running:
+        workers = [
+            start_worker(running, tmp_path, f"w{k}", ShiftTrainer(0.1 * (k + 1), weights=model)) for k in range(4)
+        ]
+        await running.until_finished()
+        versions, rounds = [running.weights(version) for version in (1, 2, 3)], await running.rounds()
+    await asyncio.gather(*workers)
+    chosen = []
+    for number, (sum_, total) in enumerate(watched.sums):
+        assert np.array_equal(total, sum(watched.plain[4 * number : 4 * number + 4]))
+        means = sum_.vector.means(total)
+        there = ~np.isnan(means["w"])
+        assert 0.23 < there.mean() < 0.27
+        np.testing.assert_allclose(means["w"][there], 0.25, atol=2 * sum_.vector.bounds["w"] / 255)
+        before, after = versions[number : number + 2]
+        assert np.array_equal(before["w"][~there], after["w"][~there])
+        assert (before["w"][there] != after["w"][there]).all()
+        assert (before["b"] != after["b"]).all()
+        chosen.append(there)
+        # Ten bits a coordinate: 8, and 2 for the sum of four.
+        expected = packed_bytes(int(there.sum()) + 10 + 1, 10)
+        assert {task.upload_bytes for task in rounds[number].tasks} == {expected}
+    assert not np.array_equal(*chosen)
+
+
 def moved(weights, shifts, sum_):
     """Whether the model went by the mean of these shifts, to within a step of the grid."""
     for name, start in MODEL.items():
@@ -391,6 +426,13 @@ async def polled_until_task(running, name, keys):
         pass
 
 
+async def refused_until_the_end(running, name, keys):
+    request = pb.PollTaskRequest(worker=name, one_time_keys=keys_to_proto(keys))
+    request.wait.FromSeconds(1)
+    while not (answer := await running.stub.PollTask(request)).run_ended:
+        assert not answer.HasField("task")
+
+
 @pytest.mark.parametrize(
     "keys",
     [
@@ -439,12 +481,11 @@ async def test_an_aggregator_that_is_killed_as_it_gives_tasks_still_answers_whom
     async with aggregator_process(tmp_path, *arguments, address=address) as (process, running):
         (bad,) = reconnected(running, bad)
         await bad.register()
-        request = pb.PollTaskRequest(worker="bad", one_time_keys=keys_to_proto(low_order))
-        request.wait.FromSeconds(1)
-        for _ in range(3):
-            assert not (await running.stub.PollTask(request)).HasField("task")
+        # For as long as the others take to come back: four are wanted.
+        asking = asyncio.create_task(refused_until_the_end(running, "bad", low_order))
         await running.until_finished()
         (round_,) = await running.rounds()
+        await asking
     await asyncio.gather(*workers, return_exceptions=True)
     assert round_.phase == round_pb2.ROUND_PHASE_COMMITTED, round_.reason
     phases = {task.worker: task.phase for task in round_.tasks}
@@ -567,6 +608,13 @@ async def test_a_round_whose_sum_the_disk_has_damaged_is_abandoned_and_the_run_g
                 "max_examples": 5,
             },
             "all updates weigh the same",
+        ),
+        (
+            {
+                "privacy": PrivacyPolicy("gaussian", noise_multiplier=1.0, cohort=4),
+                "secure": SecurePolicy(8, secure_coordinates=0.5),
+            },
+            "secure_coordinates",
         ),
         (
             {

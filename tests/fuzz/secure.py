@@ -38,14 +38,14 @@ _NOW: Final = 1_800_000_000.0
 _NAMES: Final = ("a", "b", "c", "d")
 _BITS: Final = 12
 _UPDATE: Final = {"w": np.linspace(-1, 1, 10), "b": np.zeros(3)}
-_VECTOR: Final = SecureVector({"w": (10,), "b": (3,)}, {"w": 1.0, "b": 0.1}, 8, 0, 4)
+_VECTOR: Final = SecureVector({"w": (10,), "b": (3,)}, {"w": 1.0, "b": 0.1}, 8, 0, 4, seed=b"session")
 _SECRETS: Final = {name: Secrets(name.encode() * 32) for name in _NAMES}
 _KEYS: Final = {name: secrets.public for name, secrets in _SECRETS.items()}
 
 
 @cache
 def _opened() -> SecureSum:
-    common = secure.common_terms(_VECTOR, 2, session=b"session", run_id="r", model_sha256=bytes(32))
+    common = secure.common_terms(_VECTOR, 2, run_id="r", model_sha256=bytes(32))
     return SecureSum.opened(
         *(_KEYS, _VECTOR, common.SerializeToString(), np.random.default_rng(1)),
         **{"threshold": common.threshold, "least": 3, "phase_s": 9.0, "now": 0.0},

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from hashlib import sha256
+from typing import ClassVar
 
 import numpy as np
 import pytest
+from cryptography.hazmat.primitives.ciphers import Cipher, algorithms
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -160,3 +163,55 @@ def test_sums_within_a_norm_have_one_bound_no_weights_and_a_norm_that_can_be() -
     assert sum(each.size for each in absurd.pieces(_clipped(good, 1), 1, np.random.default_rng(1))) == good.size
     with pytest.raises(UpdateRefused, match="weights"):
         good.shares(np.zeros(good.size, np.uint64), 3, 3)
+
+
+class TestCoordinates:
+    """A vector of a part of each large tensor: the same part on all devices."""
+
+    SHAPES: ClassVar = {"w": (300, 400), "small": (31, 33), "b": (1024,)}
+
+    def vector(self, seed: bytes = b"session", share: float = 0.25) -> SecureVector:
+        bounds = dict.fromkeys(self.SHAPES, 1.0)
+        return SecureVector(self.SHAPES, bounds, 8, 0, 5, coordinates=int(share * 2**32), seed=seed)
+
+    def updates(self) -> list[dict[str, Array]]:
+        rng = np.random.default_rng(1)
+        return [{name: rng.uniform(-1, 1, shape) for name, shape in self.SHAPES.items()} for _ in range(5)]
+
+    def test_their_sum_is_the_mean_where_it_has_values_and_says_nothing_elsewhere(self) -> None:
+        vector, updates = self.vector(), self.updates()
+        rng = np.random.default_rng(2)
+        vectors = [np.concatenate(list(vector.pieces(update, 1, rng))) for update in updates]
+        assert {each.size for each in vectors} == {vector.size}
+        means = vector.means(np.sum(vectors, axis=0))
+        for name, mean in means.items():
+            there = ~np.isnan(mean)
+            expected = np.mean([update[name] for update in updates], axis=0)
+            assert np.abs(mean - expected)[there].max() <= 2 / 255 * (1 + 1e-9)
+        # Five standard deviations of a quarter of so many.
+        assert abs(np.isnan(means["w"]).mean() - 0.75) < 5 * np.sqrt(0.25 * 0.75 / 120_000)
+        assert not np.isnan(means["small"]).any()
+        assert 0.6 < np.isnan(means["b"]).mean() < 0.9
+
+    def test_they_follow_from_seed_and_name_alone(self) -> None:
+        def there(vector: SecureVector, name: str) -> Array:
+            total = np.concatenate(list(vector.pieces(self.updates()[0], 1, np.random.default_rng(3))))
+            return ~np.isnan(vector.means(total)[name]).reshape(-1)
+
+        first = there(self.vector(), "w")
+        assert np.array_equal(there(self.vector(), "w"), first)
+        assert not np.array_equal(there(self.vector(b"another"), "w"), first)
+        # Element i is in if word i of ChaCha20 is below the bound, as protos/WIRE.md has it.
+        prefix = b"fedgrpc secure sum 1 coordinates"
+        parts = (prefix, b"session", b"w")
+        key = sha256(b"".join(len(part).to_bytes(4) + part for part in parts)).digest()
+        stream = Cipher(algorithms.ChaCha20(key, bytes(16)), mode=None).encryptor().update(bytes(4 * first.size))
+        assert np.array_equal(np.frombuffer(stream, "<u4") < 2**30, first)
+
+    def test_bounds_come_from_what_is_there_and_of_nothing_there_is_none(self) -> None:
+        means = {"w": np.array([np.nan, -0.1, np.nan, 0.05]), "b": np.full(3, np.nan), "c": np.zeros(0)}
+        assert bounds_after(means, 10.0) == pytest.approx({"w": 0.4, "c": 1e-5})
+
+    def test_they_do_not_go_with_a_norm(self) -> None:
+        with pytest.raises(UsageError, match="coordinates"):
+            replace(self.vector(), norm=1.0)

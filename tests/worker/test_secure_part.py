@@ -100,8 +100,8 @@ def test_a_secure_sum_of_anything_but_whole_updates_is_refused(tmp_path, message
 def whole_task(**changes):
     """A secure task as an honest aggregator gives it, in which what all are told alike has these changes."""
     plan, privacy = {"epochs": 2.0}, {"clip_norm": 1.0}
-    vector = SecureVector({"w": (2, 3)}, {"w": 1.0}, 8, 0, 4)
-    about = {"session": b"s", "run_id": "r", "round": 1, "model_version": 1, "plan": plan, "privacy": privacy}
+    vector = SecureVector({"w": (2, 3)}, {"w": 1.0}, 8, 0, 4, seed=b"s")
+    about = {"run_id": "r", "round": 1, "model_version": 1, "plan": plan, "privacy": privacy}
     learning = {"learning_task": "package:Task", "model": "cnn", "options": {"depth": "2"}}
     message = secure_task(plan=plan, privacy=privacy)
     terms = common_terms(vector, 2, **{**about, **learning, "model_sha256": bytes(32), **changes})

@@ -52,11 +52,13 @@ class SmallNetwork:
 
 
 def flags_of(mode: str, most_examples: int, arguments: argparse.Namespace) -> list[str]:
-    """Return the aggregator's flags of "float" or "secure:BITS", with "noise+" before it or as it is."""
+    """Return the aggregator's flags of "float" or "secure:BITS[:COORDINATES]", perhaps with "noise+" before it."""
     *noisy, kind = mode.split("+")
     if kind == "noise":
         noisy, kind = ["noise"], "float"
-    flags = ["--secure-aggregation", kind.split(":")[1]] if kind != "float" else []
+    _, bits, share, *_ = f"{kind}::".split(":")
+    flags = ["--secure-aggregation", bits] if bits else []
+    flags += ["--secure-coordinates", share] if share else []
     if noisy:
         cohort, multiplier = str(arguments.workers), str(arguments.noise_multiplier)
         flags += ["--privacy", "gaussian", "--noise-multiplier", multiplier, "--privacy-cohort", cohort]
