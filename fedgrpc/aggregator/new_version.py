@@ -178,7 +178,7 @@ class NewVersion:
         """
         number = round_.base_version + 1
         # Scores of the version before. Computed again, they are equal, and so is the file.
-        about = about_version(self._settings.run_name, round_.number, number, merge.scores.metrics)
+        about = self._about(round_.number, number, merge.scores.metrics)
         if merge.means is not None and noise is None:
             assert self._settings.clip_norm is not None
             about[BOUNDS] = bounds_text(merge.means, self._settings.clip_norm)
@@ -221,6 +221,11 @@ class NewVersion:
             raise self._updates.blamed(error, merge) from error
         return digest, models.open(number).norm()
 
+    def _about(self, round_number: int, version: int, scores: Mapping[str, float]) -> dict[str, str]:
+        # Scores have no noise: the file of a version that has some goes without.
+        told = _NO_SCORES if self._settings.privacy.on else scores
+        return about_version(self._settings.run_name, round_number, version, told)
+
     async def _begin(self, round_: RoundInProgress, token: str, about: Mapping[str, str]) -> Version:
         """Write the first model as one worker sent it."""
         update, number = self._updates.load(token), round_.base_version + 1
@@ -259,7 +264,7 @@ class NewVersion:
             raise StorageError(f"the model {model.path} is corrupt: its SHA-256 is not the one recorded")
         # A round that was cut off may have left what its optimizer would have remembered.
         self._models.optimizer_state_path(number).unlink(missing_ok=True)
-        about = about_version(self._settings.run_name, round_number, number, known.scores)
+        about = self._about(round_number, number, known.scores)
         tensors = (model.tensor(index) for index in range(len(model.layout)))
         return write_model(self._models.path(number), model.layout, tensors, about)
 

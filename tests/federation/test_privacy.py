@@ -7,6 +7,7 @@ from contextlib import closing
 import numpy as np
 import pytest
 from click.testing import CliRunner
+from safetensors import safe_open
 from safetensors.numpy import save_file
 
 from fedgrpc.aggregator.private_releases import KEY_FILE, PrivateReleases
@@ -69,6 +70,14 @@ async def test_a_version_is_the_clipped_sum_over_the_cohort_plus_the_noise_of_it
         (1, 2, 2.0),
         (2, 2, 2.0),
     ]
+
+
+async def test_the_file_of_a_version_with_noise_tells_no_scores_which_have_none(tmp_path):
+    _, rounds, _ = await run_of(tmp_path, rounds=2, evaluate=True)
+    assert all(task.evaluation_metrics for round_ in rounds for task in round_.tasks)
+    for version in (2, 3):
+        with safe_open(tmp_path / "aggregator" / "models" / f"{version:06d}.safetensors", "numpy") as file:
+            assert "scores" not in " ".join(file.metadata())
 
 
 async def test_the_model_under_dp_ftrl_carries_the_noise_of_a_tree(tmp_path):

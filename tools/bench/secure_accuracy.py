@@ -23,8 +23,13 @@ _CLIP_NORM = 10.0
 Tensors = dict[str, Array]
 
 
-def accuracies(bits: int, rounds: int, seed: int) -> tuple[float, float]:
-    """Return the accuracy after `rounds`, and the share of values that were clipped. 0 bits: float updates."""
+def accuracies(
+    bits: int, rounds: int, seed: int, coordinates: float = 1.0, server_rate: float = 1.0
+) -> tuple[float, float]:
+    """Return the accuracy after `rounds`, and the share of values that were clipped. 0 bits: float updates.
+
+    A round's sum has the share `coordinates` of each large tensor. The mean counts `server_rate` times.
+    """
     # Training draws the same numbers with and without a secure sum.
     rng, rounding = np.random.default_rng(seed), np.random.default_rng((seed, 1))
     data = load_fashion_mnist()
@@ -43,9 +48,13 @@ def accuracies(bits: int, rounds: int, seed: int) -> tuple[float, float]:
         examples = [len(part) for part in parts]
         if bits:
             clipped += _clipped(updates, bounds) / rounds
-            vector = SecureVector(shapes, bounds, bits, _WEIGHT_BITS, _WORKERS, max(examples))
+            below = int(coordinates * 2**32) if coordinates < 1 else 0
+            about = {"coordinates": below, "seed": rounding.bytes(16)} if below else {}
+            vector = SecureVector(shapes, bounds, bits, _WEIGHT_BITS, _WORKERS, max(examples), **about)
             change = _secure_mean(vector, updates, examples, rounding)
-            bounds = bounds_after(change, _CLIP_NORM)
+            bounds |= bounds_after(change, _CLIP_NORM)
+            # What the sum says nothing of stays as it is.
+            change = {name: server_rate * np.nan_to_num(mean) for name, mean in change.items()}
         else:
             change = {
                 name: np.average(np.stack([update[name] for update in updates]), axis=0, weights=examples)

@@ -220,7 +220,9 @@ def accuracy(arguments: argparse.Namespace) -> None:
     print(f"load {os.getloadavg()[0]:.1f}, {arguments.rounds} rounds, seeds {arguments.seeds}")
     plain: list[float] = []
     for bits in (0, *arguments.bits):
-        played = [accuracies(bits, arguments.rounds, seed) for seed in range(arguments.seeds)]
+        # Without a secure sum there are no coordinates to leave out.
+        some = {"coordinates": arguments.coordinates, "server_rate": arguments.server_rate} if bits else {}
+        played = [accuracies(bits, arguments.rounds, seed, **some) for seed in range(arguments.seeds)]
         scores, clipped = [score for score, _ in played], max(share for _, share in played)
         plain = plain or scores
         points = [100 * (score - without) for score, without in zip(scores, plain, strict=True)]
@@ -253,6 +255,8 @@ def main() -> None:
     scores.add_argument("--bits", type=int, nargs="+", default=[4, 5, 6, 8])
     scores.add_argument("--rounds", type=int, default=15)
     scores.add_argument("--seeds", type=int, default=2)
+    scores.add_argument("--coordinates", type=float, default=1.0, help="share of each large tensor in a sum")
+    scores.add_argument("--server-rate", type=float, default=1.0, help="how many times a mean counts")
     scores.set_defaults(run=accuracy)
     limits = commands.add_parser("reach")
     limits.add_argument("--bits", type=int, nargs="+", default=[4, 5, 6, 8])
