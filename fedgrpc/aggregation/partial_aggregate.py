@@ -46,8 +46,26 @@ def pack_mean(tensor: TensorLike, mean: CoordinateMean, weight: float, dtype: np
         if (rest := values - rounded).any():
             packed[tensor.name + REST] = rest
         values = rounded
+    return packed | _with_weights(tensor, values, weights, weight, dtype)
+
+
+def pack_summed(tensor: TensorLike, mean: np.ndarray, weight: float, dtype: np.dtype) -> dict[str, np.ndarray]:
+    """Return what travels for a tensor of which a secure sum gave the mean, NaN where it says nothing.
+
+    Raises `NotFinite` when the mean is not finite in `dtype`.
+    """
+    unknown = np.isnan(mean)
+    if mean.size and unknown.all():
+        return {}
+    return _with_weights(tensor, np.where(unknown, 0.0, mean), np.where(unknown, 0.0, weight), weight, dtype)
+
+
+def _with_weights(
+    tensor: TensorLike, mean: np.ndarray, weights: np.ndarray | float, weight: float, dtype: np.dtype
+) -> dict[str, np.ndarray]:
+    """Return the mean in `dtype`, and the weights of its coordinates where they are not all that of the update."""
     with np.errstate(over="ignore"):
-        packed[tensor.name] = values.astype(dtype)
+        packed = {tensor.name: mean.astype(dtype)}
     check_finite(tensor, packed[tensor.name])
     if np.any(weights != weight):
         packed |= pack(tensor.name + WEIGHTS, np.broadcast_to(weights, tensor.shape), clustered=True)

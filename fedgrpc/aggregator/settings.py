@@ -299,11 +299,11 @@ class AggregatorSettings:
             "needs a larger quorum: one that the threshold for secure_colluding leaves able to answer": (
                 self.sums_here and threshold_of(degree, self.secure.secure_colluding) > degree
             ),
+            "with leaf goes without secure_neighbours and secure_coordinates: each leaf has its own": (
+                self.sums_at_leaves and (self.secure.secure_neighbours > 0 or self.secure.secure_coordinates < 1)
+            ),
             "with leaf goes without no metrics: a leaf tells its devices nothing of it": (
                 self.sums_at_leaves and not privacy.metrics
-            ),
-            "with leaf goes without secure_coordinates: each leaf would have others": (
-                self.sums_at_leaves and self.secure.secure_coordinates < 1
             ),
             "goes without late = 'carry': masks cancel within one round": policy.late == "carry",
             "with privacy goes without secure_weight_bits: all updates weigh the same": (

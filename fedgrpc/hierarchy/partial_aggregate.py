@@ -20,7 +20,7 @@ from typing import BinaryIO, Final
 import numpy as np
 from google.protobuf.message import DecodeError
 
-from fedgrpc.aggregation.partial_aggregate import EXACT, check_finite, pack_mean
+from fedgrpc.aggregation.partial_aggregate import EXACT, check_finite, pack_mean, pack_summed
 from fedgrpc.aggregator.commit import Group, by_groups
 from fedgrpc.aggregator.fold import Fold, Load, cached, means_of
 from fedgrpc.codec.feedback import Corrected, Keep, Residual, write_with_feedback
@@ -114,7 +114,7 @@ def mean_tensors(
     Raises `NotFinite`, `StorageError`, and `UnusableUpdate` when an update is not what was accepted.
     """
     if merge.means is not None:
-        yield from _summed(base.layout, merge.means)
+        yield from _summed(base.layout, merge.means, merge.weight)
         return
     total, layout, load = merge.weight, base.layout, cached(load)
     with Fold(tuple(merge.weights.items()) if merge.alike else (), load, merge.scales) as fold:
@@ -137,14 +137,13 @@ def mean_tensors(
                 yield spec_of(name, array, known.get(name)), array
 
 
-def _summed(layout: Layout, means: Mapping[str, Array]) -> Tensors:
-    """Yield the means that a secure sum gave, in the model's dtypes."""
+def _summed(layout: Layout, means: Mapping[str, Array], weight: float) -> Tensors:
+    """Yield the means that a secure sum gave."""
     for spec in layout:
         if spec.name in means:
-            with np.errstate(over="ignore"):
-                mean = means[spec.name].astype(spec.numpy_dtype)
-            check_finite(spec, mean)
-            yield spec, mean
+            packed = pack_summed(spec, means[spec.name], weight, spec.numpy_dtype)
+            for name, array in packed.items():
+                yield spec_of(name, array, spec if name == spec.name else None), array
 
 
 def _folded(spec: TensorSpec, fold: Fold) -> Array:

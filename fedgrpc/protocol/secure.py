@@ -218,8 +218,6 @@ def groups_complaint(leaf: round_pb2.LeafInstructions, own: SecurePolicy) -> str
             f"the parent has --secure-aggregation {told.bits} and --secure-weight-bits {told.weight_bits}, this "
             f"leaf {own.secure_bits} and {own.secure_weight_bits}: give it the parent's"
         )
-    if own.secure_coordinates < 1:
-        return "a mean of some coordinates goes to no parent: take --secure-coordinates from this leaf"
     if own.secure_colluding < told.colluding:
         return f"the parent has --secure-colluding {told.colluding}, this leaf no more than {own.secure_colluding}"
     return ""

@@ -14,6 +14,7 @@ from fedgrpc.aggregation.partial_aggregate import (
     add_partial_aggregate,
     check_partial_aggregate,
     pack_mean,
+    pack_summed,
     partial_aggregate_values,
 )
 from fedgrpc.codec.layout import TensorSpec
@@ -177,3 +178,18 @@ def test_a_mean_that_its_dtype_cannot_hold_is_refused() -> None:
     mean.add(np.array([1e6]), 1.0)
     with pytest.raises(UpdateRefused, match="not finite in float16"):
         pack_mean(TensorSpec("w", "float16", (1,)), mean, 1.0, np.dtype("float16"))
+
+
+def test_the_mean_of_a_secure_sum_weighs_nothing_where_the_sum_has_no_coordinates() -> None:
+    spec, dtype, nan = TensorSpec("w", "float32", (4,)), np.dtype(np.float32), np.nan
+    first = pack_summed(spec, np.array([1.0, nan, 3.0, nan]), 3.0, dtype)
+    second = pack_summed(spec, np.array([5.0, 6.0, nan, nan]), 1.0, dtype)
+    for packed in (first, second):
+        check_partial_aggregate([spec], specs_of(packed))
+    merged = merge(spec, [(first, 3.0), (second, 1.0)])
+    assert merged.untouched is not None
+    assert merged.untouched.tolist() == [False, False, False, True]
+    assert merged.result().tolist() == [2.0, 6.0, 3.0, 0.0]
+    # All of it travels as one tensor, and nothing of it as none.
+    assert pack_summed(spec, np.ones(4), 3.0, dtype).keys() == {"w"}
+    assert pack_summed(spec, np.full(4, nan), 3.0, dtype) == {}

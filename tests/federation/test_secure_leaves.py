@@ -62,10 +62,10 @@ async def flat(folder, count, **about):
 
 
 @asynccontextmanager
-async def tree(folder, places, policy=None, leaf_changes=None, **about):
+async def tree(folder, places, policy=None, leaf_changes=None, model=MODEL, **about):
     """Aggregators by the way from the root to each: the root is (), and `places` names a worker's way."""
     folder.mkdir(exist_ok=True)
-    save_file(MODEL, folder / "initial.safetensors")
+    save_file(model, folder / "initial.safetensors")
     names = sorted({place[: depth + 1] for place in places.values() for depth in range(len(place))}, key=len)
     below = {name: [other[-1] for other in names if other[:-1] == name] for name in [(), *names]}
     policy = {"min_workers": len(below[()]), **(policy or {})}
@@ -178,7 +178,8 @@ def start(running, folder, killed, places, dying=None):
         killed.workers[name] = start_worker(running[places[name]], folder, name, trainer)
 
 
-SHORT = {"lease_s": 3.0, "min_workers": 5, "quorum": 3}
+# Whoever lives has to answer within it, also on a machine that does a dozen other things.
+SHORT = {"lease_s": 8.0, "min_workers": 5, "quorum": 3}
 FIVE_AND_THREE = placed(a=5, b=3)
 
 
@@ -209,7 +210,7 @@ async def test_a_device_of_a_leaf_dies_and_the_sum_of_those_who_arrived_goes_up(
 async def test_a_leaf_with_too_few_devices_left_gives_its_task_back_and_the_others_go_on(
     tmp_path, watched, killed
 ):
-    changes = {("a",): {"policy": {"lease_s": 3.0, "min_workers": 4, "quorum": 3}}}
+    changes = {("a",): {"policy": {**SHORT, "min_workers": 4}}}
     places = placed(a=4, b=3)
     async with tree(tmp_path / "tree", places, leaf_changes=changes, **SECURE) as running:
         # Of three that are left for each secret, two have to answer.
@@ -293,6 +294,32 @@ async def test_a_leaf_keeps_a_lease_of_the_parent_s_time_for_the_answers_of_its_
             await ended(killed)
     assert deadlines["plain"] == pytest.approx(540, abs=10)
     assert deadlines["masked"] == pytest.approx(490, abs=10)
+
+
+LARGE = {"a": np.zeros((3, 5), np.float32), "w": np.linspace(-1, 1, 4001, dtype=np.float32)}
+
+
+async def test_leaves_that_sum_a_part_of_the_coordinates_are_averaged_where_each_has_them(tmp_path, watched):
+    half = {key: {"secure": SecurePolicy(8, secure_coordinates=0.5)} for key in (("a",), ("b",))}
+    places = placed(a=3, b=5)
+    async with tree(tmp_path, places, leaf_changes=half, model=LARGE, **SECURE) as running:
+        workers = [
+            start_worker(running[place], tmp_path, name, Drawn(0.1, weights=LARGE))
+            for name, place in places.items()
+        ]
+        await running[()].until_finished()
+        await asyncio.gather(*workers)
+        weights = running[()].weights(2)
+    sums = {len(sum_.state.arrived): sum_.vector.means(total) for sum_, total in watched.sums}
+    known = {count: ~np.isnan(means["w"]) for count, means in sums.items()}
+    assert {0.45 < each.mean() < 0.55 for each in known.values()} == {True}
+    total = sum(count * np.where(known[count], means["w"], 0.0) for count, means in sums.items())
+    weight = sum(count * known[count] for count in sums)
+    moved = np.divide(total, weight, out=np.zeros_like(total), where=weight > 0)
+    np.testing.assert_allclose(weights["w"], LARGE["w"] + moved, rtol=3e-7, atol=3e-7)
+    # What no leaf has stays as it was, bit for bit.
+    assert np.array_equal(weights["w"][weight == 0], LARGE["w"][weight == 0])
+    assert (weight == 0).any()
 
 
 SECURE_LEAF = ["--secure-aggregation", 8, "--clip-norm", 10, "--quorum", 3, "--min-workers", 3]
@@ -489,6 +516,8 @@ async def test_an_open_round_ends_where_leaves_have_begun_sums_of_the_other_kind
         ({"privacy": PrivacyPolicy(metrics=False), "evaluate": False}, "no metrics"),
         ({"privacy": PrivacyPolicy("gaussian", noise_multiplier=1.0, cohort=4)}, "privacy"),
         ({"clip_norm": None}, "clip_norm"),
+        ({"secure": SecurePolicy(8, secure_neighbours=4)}, "each leaf has its own"),
+        ({"secure": SecurePolicy(8, secure_coordinates=0.5)}, "each leaf has its own"),
         ({"aggregation": "median"}, "rules look at single updates"),
     ],
 )
