@@ -31,8 +31,9 @@ from fedgrpc.v1.aggregator_pb2 import UpdateHeader
 _MAX_RECYCLED = 32
 # A new file costs more than the bytes of a small update: those of a round of a thousand stay for the next.
 _MAX_RECYCLED_BYTES = 256 << 20
-# Headers of updates, together: in memory a manifest takes ten times as much and more.
-_REMEMBERED_BYTES = 1 << 20
+# Headers of updates, together: in memory one takes ten times as much, and several KiB at least.
+_REMEMBERED_BYTES = 256 << 10
+_LEAST_HEADER_BYTES = 1 << 10
 
 
 class Upload(ResumableFile):
@@ -103,8 +104,8 @@ class UploadJournal:
     def remember(self, token: str, update: StoredUpdate) -> None:
         """Keep an update that was just sealed, while there is room, so that the commit need not parse it again."""
         with self._remembering:
-            if token not in self._sealed and self._sealed_bytes + update.payload_start <= _REMEMBERED_BYTES:
-                self._sealed_bytes += update.payload_start
+            if token not in self._sealed and self._sealed_bytes + _counted(update) <= _REMEMBERED_BYTES:
+                self._sealed_bytes += _counted(update)
                 self._sealed[token] = update
 
     def load(self, token: str) -> StoredUpdate | None:
@@ -139,7 +140,7 @@ class UploadJournal:
             for token in tokens:
                 with self._remembering:
                     if (sealed := self._sealed.pop(token, None)) is not None:
-                        self._sealed_bytes -= sealed.payload_start
+                        self._sealed_bytes -= _counted(sealed)
                 # Removed, not recycled: an upload that nobody wants any more may still be writing to its part.
                 (self.folder / f"{token}.part").unlink(missing_ok=True)
                 self._recycled.keep(self.folder / f"{token}.update")
@@ -152,3 +153,8 @@ class UploadJournal:
             for path in self.folder.iterdir():
                 if path.is_file() and path.stem not in wanted:
                     path.unlink(missing_ok=True)
+
+
+def _counted(update: StoredUpdate) -> int:
+    """Return the bytes that a remembered update counts for."""
+    return max(_LEAST_HEADER_BYTES, update.payload_start)
