@@ -244,15 +244,27 @@ class LoaderBatches:
         return cast(Batch, moved(self.task.inputs_and_targets(batch), self.device))
 
 
+class TensorRows(Subset[Any]):
+    """Rows of a `TensorDataset` that stays whole. A `Subset` of a task's own is read item by item."""
+
+    def __init__(self, dataset: TensorDataset, rows: np.ndarray) -> None:
+        super().__init__(dataset, cast(Sequence[int], rows))
+        self.tensors, self.rows = dataset.tensors, rows
+
+
+def has_own_items(dataset: Any) -> bool:
+    """Return whether a `TensorDataset` makes of its tensors what its class says, as one that augments images."""
+    return type(dataset).__getitem__ is not TensorDataset.__getitem__
+
+
 def batches_of(dataset: Any, device: torch.device, task: Collating) -> Batches:
     """Choose the fastest way to read `dataset`, which may be a `DataLoader`."""
     if isinstance(dataset, DataLoader):
         return LoaderBatches(dataset, device, task)
-    examples, rows = dataset, None
-    if isinstance(dataset, Subset):
-        examples, rows = dataset.dataset, np.asarray(dataset.indices, np.int64)
-    if isinstance(examples, TensorDataset) and len(examples.tensors) == 2:
-        return TensorBatches(*examples.tensors, device, rows)
+    if isinstance(dataset, TensorRows) and len(dataset.tensors) == 2:
+        return TensorBatches(*dataset.tensors, device, dataset.rows)
+    if isinstance(dataset, TensorDataset) and len(dataset.tensors) == 2 and not has_own_items(dataset):
+        return TensorBatches(*dataset.tensors, device)
     return ItemBatches(dataset, device, task)
 
 

@@ -23,9 +23,11 @@ from fedgrpc.torch.batches import (
     LABELS,
     Batches,
     Collating,
+    TensorRows,
     batches_of,
     described,
     has_only_tensors,
+    has_own_items,
     loader_of,
     overrides,
 )
@@ -86,7 +88,8 @@ class LocalData:
         other._setup = replace(self._setup, partition=partition, part=part)
         index, parts = parse_part(part)
         rule, seed = parse_partition(partition), self._setup.seed
-        noisy = isinstance(rule, FeatureNoise)
+        # All parts share the tensors, which noise changes, and which a device of its own gets a copy of.
+        shared = self._device.type == "cpu" and not isinstance(rule, FeatureNoise)
 
         def part_of(dataset: Any, held_out: bool) -> Any:
             key = partition, parts, held_out
@@ -95,9 +98,9 @@ class LocalData:
             if not size_of(dataset):
                 return dataset
             rows = self._parts[key][index]
-            # All parts share the tensors, which noise changes, and which a device of its own gets a copy of.
-            shared = isinstance(dataset, TensorDataset) and not noisy and self._device.type == "cpu"
-            return Subset(dataset, cast(Sequence[int], rows)) if shared else subset_of(dataset, rows)
+            if shared and isinstance(dataset, TensorDataset) and not has_own_items(dataset):
+                return TensorRows(dataset, rows)
+            return subset_of(dataset, rows)
 
         train = _with_noise(part_of(self._train, False), rule, index, parts, seed)
         other._take(train, part_of(self._held_out, True))
@@ -244,7 +247,7 @@ def _with_noise(dataset: Source, partition: Partition, index: int, parts: int, s
     if not isinstance(partition, FeatureNoise) or not size_of(dataset):
         return dataset
     examples = _examples_of(dataset)
-    if not isinstance(examples, TensorDataset):
+    if not isinstance(examples, TensorDataset) or has_own_items(examples):
         raise UsageError("a partition with feature noise needs a TensorDataset")
     inputs, *others = examples.tensors
     noisy = TensorDataset(torch.from_numpy(partition.noisy(inputs.numpy(), index, parts, seed)), *others)
@@ -269,8 +272,8 @@ def size_of(dataset: Any) -> int:
 def labels_of(dataset: Any) -> np.ndarray:
     """Return each example's label [N], from the data set's tensors or `targets` where it has them."""
     examples = _examples_of(dataset)
-    if isinstance(examples, Subset):
-        return labels_of(examples.dataset)[np.asarray(examples.indices, np.int64)]
+    if isinstance(examples, TensorRows):
+        return examples.tensors[-1].index_select(0, torch.from_numpy(examples.rows)).numpy()
     if isinstance(examples, TensorDataset):
         return examples.tensors[-1].numpy()
     targets = getattr(examples, "targets", None)
@@ -290,7 +293,7 @@ def _label_of(item: Any) -> int:
 def subset_of(dataset: Source, indices: np.ndarray) -> Source:
     """Return the examples at `indices`. Tensors are copied, so that the rest can be freed."""
     examples = _examples_of(dataset)
-    if isinstance(examples, TensorDataset):
+    if isinstance(examples, TensorDataset) and not has_own_items(examples):
         index = torch.from_numpy(indices)
         return _like(dataset, TensorDataset(*(tensor.index_select(0, index) for tensor in examples.tensors)))
     return _like(dataset, Subset(examples, indices.tolist()))

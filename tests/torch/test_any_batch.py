@@ -10,11 +10,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.utils.data import DataLoader, Dataset, TensorDataset, WeightedRandomSampler
+from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset, WeightedRandomSampler
 
 from fedgrpc.errors import TaskError, UsageError
 from fedgrpc.submodels.plan import Arithmetic, LocalModelPlan, Memory
-from fedgrpc.trainer import Cancelled, TrainJob
+from fedgrpc.trainer import Cancelled, TrainJob, for_part
 from tests.torch.plain import Items, Plain, X, Y, equal, trainer_of
 
 JOB = TrainJob(max_steps=3)
@@ -210,3 +210,71 @@ def test_a_training_step_that_gives_no_loss_is_told() -> None:
     trainer = trainer_of(task)
     with pytest.raises(TaskError, match=r"training_step\(\) must return the mean loss"):
         trainer.train(trainer.initial_weights(), JOB)
+
+
+class Doubled(TensorDataset):
+    """Makes more of its tensors, as one that augments images does."""
+
+    def __getitem__(self, index: int) -> Any:
+        inputs, target = super().__getitem__(index)
+        return 2 * inputs, target
+
+
+class DoubledRows(Subset[Any]):
+    def __getitem__(self, index: Any) -> Any:
+        inputs, target = super().__getitem__(index)
+        return 2 * inputs, target
+
+    def __getitems__(self, indices: list[int]) -> list[Any]:
+        return [self[index] for index in indices]
+
+
+class OwnTensors(Plain):
+    def data(self, path: Path | None) -> Any:
+        return Doubled(X[:70], Y[:70]), None
+
+
+class OwnSubset(Plain):
+    def data(self, path: Path | None) -> Any:
+        return DoubledRows(TensorDataset(X, Y), range(70)), None
+
+
+class OwnCollation(Plain):
+    def data(self, path: Path | None) -> Any:
+        return Subset(TensorDataset(X, Y), range(70)), None
+
+    def collate(self, items: list[Any]) -> Any:
+        inputs, targets = super().collate(items)
+        return 2 * inputs, targets
+
+
+class Twice(Plain):
+    def data(self, path: Path | None) -> Any:
+        return TensorDataset(2 * X[:70], Y[:70]), None
+
+
+@pytest.mark.parametrize("partition", [None, "iid", "labels:1"])
+@pytest.mark.parametrize("task", [OwnTensors, OwnSubset, OwnCollation])
+def test_what_a_task_makes_of_its_tensors_item_by_item_is_trained_on(
+    task: type[Plain], partition: str | None
+) -> None:
+    trainers = [trainer_of(each) for each in (task, Twice)]
+    if partition is not None:
+        trainers = [for_part(trainer, partition, "2/2") for trainer in trainers]
+    start = trainer_of(Twice).initial_weights()
+    assert equal(*(trainer.train(start, JOB).weights for trainer in trainers))
+
+
+class InPlace(Plain):
+    """A model that changes what it is given."""
+
+    def model(self) -> nn.Module:
+        return nn.Sequential(nn.ReLU(inplace=True), nn.Linear(4, 2))
+
+
+@pytest.mark.parametrize("part", ["1/2", "2/2"])
+def test_a_model_that_changes_its_inputs_leaves_the_data_of_all_parts_alone(part: str) -> None:
+    kept = X.clone()
+    trainer = for_part(trainer_of(InPlace), "iid", part)
+    trainer.evaluate(trainer.train(trainer.initial_weights(), JOB).weights)
+    assert torch.equal(X, kept)
