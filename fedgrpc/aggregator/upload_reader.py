@@ -67,11 +67,17 @@ class ByteBudget:
         except asyncio.CancelledError:
             if granted.done() and not granted.cancelled():
                 self.give_back(size_bytes)
+            elif (size_bytes, granted) in self._waiting:
+                self._waiting.remove((size_bytes, granted))
+                self._grant()
             raise
 
     def give_back(self, size_bytes: int) -> None:
         """Return bytes to the budget. A negative number takes that many more than were asked for."""
         self._taken -= size_bytes
+        self._grant()
+
+    def _grant(self) -> None:
         while self._waiting:
             wanted, granted = self._waiting[0]
             if not granted.done():

@@ -48,6 +48,21 @@ async def test_one_who_gives_up_waiting_holds_nothing_and_blocks_nobody():
     assert budget.taken_bytes == 2
 
 
+async def test_nobody_waits_behind_one_who_has_given_up():
+    budget = ByteBudget(10)
+    await budget.take(6)
+    large, small = asyncio.create_task(budget.take(8)), asyncio.create_task(budget.take(2))
+    assert await settled(large, small) == [False, False]
+    large.cancel()
+    assert await settled(small) == [True]
+    # Nothing stays behind of those who come while the room is taken, and leave.
+    with pytest.raises(TimeoutError):
+        async with asyncio.timeout(0):
+            await budget.take(8)
+    await asyncio.wait_for(budget.take(2), 1)
+    assert budget.taken_bytes == 10
+
+
 async def test_one_who_is_cancelled_in_the_moment_of_its_turn_gives_it_back():
     budget = ByteBudget(10)
     await budget.take(10)
