@@ -46,6 +46,17 @@ def until_phase(address: str, number: int, phase: str) -> dict:
     raise AssertionError(f"release {number} is not {phase}: {shown(address)}")
 
 
+def until_followed(serving: str, file: Path, told: str) -> None:
+    """Follow the model of the device that serves there, until it is that one: the next poll tells it."""
+    end = time.monotonic() + PATIENCE_S
+    while time.monotonic() < end:
+        followed = fedgrpc("model", "follow", "--once", "--to", str(file), "--worker", serving)
+        assert followed.code == 0, followed
+        if told in followed.out:
+            return
+    raise AssertionError(f"{serving} does not follow {told}: {followed}")
+
+
 def test_releases_go_through_and_back_over_kills_of_the_aggregator(tmp_path):
     address, where = f"127.0.0.1:{free_port()}", {}
     with ExitStack() as stack:
@@ -68,9 +79,8 @@ def test_releases_go_through_and_back_over_kills_of_the_aggregator(tmp_path):
         done = until_phase(address, 1, "done")
         assert set(done["canaries"]) == {"pi-1", "pi-2"}
         file = tmp_path / "app.safetensors"
-        for name in where:
-            followed = fedgrpc("model", "follow", "--once", "--to", str(file), "--worker", where[name])
-            assert (followed.code, "version 2 (release 1)" in followed.out) == (0, True), followed
+        for serving in where.values():
+            until_followed(serving, file, "version 2 (release 1)")
         expected = load_file(tmp_path / "data" / "models" / "000002.safetensors")
         assert all((load_file(file)[key] == array).all() for key, array in expected.items())
 
@@ -84,12 +94,7 @@ def test_releases_go_through_and_back_over_kills_of_the_aggregator(tmp_path):
         stack.enter_context(aggregator(tmp_path, address, 3))
         back = until_phase(address, 2, "rolled_back")
         assert "median accuracy of 1 device" in back["reason"]
-        until = time.monotonic() + PATIENCE_S
-        while time.monotonic() < until:
-            followed = fedgrpc("model", "follow", "--once", "--to", str(file), "--worker", where["pi-3"])
-            if "version 2 (release 1)" in followed.out:
-                break
-        assert "version 2 (release 1)" in followed.out
+        until_followed(where["pi-3"], file, "version 2 (release 1)")
         assert all((load_file(file)[key] == array).all() for key, array in expected.items())
         audit = fedgrpc("audit", "--last", "0", "--aggregator", address)
         assert audit.code == 0
