@@ -59,6 +59,28 @@ class SecureTask:
     masked_digest: bytes = b""
     arrived: frozenset[str] | None = None
 
+    def with_fixed(self, stored: SecureTask) -> SecureTask:
+        """Return this task with all that is fixed in `stored`, the same sum as it is on the disk.
+
+        Raises UpdateRefused where the two have fixed different things.
+        """
+        if (stored.circle.digest, stored.secrets) != (self.circle.digest, self.secrets):
+            raise UpdateRefused("this round has another circle by now: a device takes one")
+        for kind, fixed, told in (
+            ("roster", stored.roster, self.roster),
+            ("masked update", stored.masked_digest, self.masked_digest),
+            ("question", stored.arrived, self.arrived),
+        ):
+            if fixed and told:
+                self._same(kind, fixed, told)
+        return replace(
+            self,
+            roster=stored.roster or self.roster,
+            sealed=stored.sealed if stored.roster else self.sealed,
+            masked_digest=stored.masked_digest or self.masked_digest,
+            arrived=stored.arrived or self.arrived,
+        )
+
     def sealed_shares(self) -> dict[str, bytes]:
         """Return the shares for each neighbour: the same ones each time."""
         return Participant(self.circle, self.secrets).sealed_shares()

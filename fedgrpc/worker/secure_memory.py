@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import secrets
+import threading
 from pathlib import Path
 from typing import Any, Final
 
@@ -32,17 +33,20 @@ class SecureMemory:
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._ring: KeyRing | None = None
+        # A call whose task was cancelled goes on in its thread, beside the next one.
+        self._lock = threading.RLock()
 
     def public_keys(self) -> PublicKeys:
         """Return the keys for the next sum; new ones are on the disk before they are told."""
-        ring = self._loaded()
-        if not ring.unused:
-            ring = ring.filled(1, secrets.token_bytes)
-            with storage_errors(self._folder):
-                make_private(self._folder)
-                write_file(self._folder / "key", ring.unused[0].master, private=True)
-            self._ring = ring
-        return ring.unused[0].public
+        with self._lock:
+            ring = self._loaded()
+            if not ring.unused:
+                ring = ring.filled(1, secrets.token_bytes)
+                with storage_errors(self._folder):
+                    make_private(self._folder)
+                    write_file(self._folder / "key", ring.unused[0].master, private=True)
+                self._ring = ring
+            return ring.unused[0].public
 
     def begin(self, token: str, circle: Circle, keys: PublicKeys) -> SecureTask:
         """Return this device's part in the sum of a task, as far as it has come.
@@ -50,20 +54,19 @@ class SecureMemory:
         Raises `UpdateRefused` for keys that were used or are not this device's, and for another circle than
         before.
         """
-        known = self._read(token)
-        if known is not None:
-            if known.circle.digest != circle.digest:
-                raise UpdateRefused("this round has another circle by now: a device takes one")
-            return known
-        ring, own = self._loaded().take(keys)
-        # The key first: a crash in between loses this sum, and never uses a key twice.
-        with storage_errors(self._folder):
-            (self._folder / "key").unlink(missing_ok=True)
-        self._ring = ring
-        begun = SecureTask(circle, own)
-        self.fix(token, begun)
-        self._forget_old(_name_of(token))
-        return begun
+        with self._lock:
+            known = self._read(token)
+            if known is not None:
+                # What the owner demands of a sum now, and not what a former process did.
+                return self.fix(token, SecureTask(circle, known.secrets))
+            ring, own = self._loaded().take(keys)
+            # The key first: a crash in between loses this sum, and never uses a key twice.
+            with storage_errors(self._folder):
+                (self._folder / "key").unlink(missing_ok=True)
+            self._ring = ring
+            begun = self.fix(token, SecureTask(circle, own))
+            self._forget_old(_name_of(token))
+            return begun
 
     def of(self, token: str) -> SecureTask:
         """Return this device's part in the sum of a task. Raises `UpdateRefused` where there is none."""
@@ -73,11 +76,17 @@ class SecureMemory:
         return known
 
     def fix(self, token: str, task: SecureTask) -> SecureTask:
-        """Store what is fixed of a sum, durably, and return it."""
-        with storage_errors(self._folder):
-            make_private(self._folder)
-        write_sealed(self._folder / _name_of(token), _described(task))
-        return task
+        """Store what is fixed of a sum, durably, and return it with what was fixed there before.
+
+        Raises `UpdateRefused` where that is something else.
+        """
+        with self._lock:
+            if (stored := self._read(token)) is not None:
+                task = task.with_fixed(stored)
+            with storage_errors(self._folder):
+                make_private(self._folder)
+            write_sealed(self._folder / _name_of(token), _described(task))
+            return task
 
     def _loaded(self) -> KeyRing:
         if self._ring is None:

@@ -6,6 +6,7 @@ Whatever shares an aggregator gets, it takes the right masks from a sum, or none
 
 from __future__ import annotations
 
+import shutil
 import tempfile
 from dataclasses import replace
 from functools import cache
@@ -207,6 +208,8 @@ def _damaged(path: Path, rnd: Random) -> bool:
 def secure_memories(rnd: Random, folder: Path) -> None:
     """A device's own file of a sum: damaged, it answers nothing."""
     memory, place = SecureMemory(folder / "memory"), folder / "memory"
+    # What a former input has damaged stays so: it is never written over.
+    shutil.rmtree(place, ignore_errors=True)
     memory.fix("token", _asked()[1]["a"])
     damaged = _damaged(next(path for path in place.iterdir() if path.name != "key"), rnd)
     memory.of("token")

@@ -2,6 +2,7 @@
 
 import os
 import time
+from dataclasses import replace
 
 import pytest
 
@@ -52,6 +53,37 @@ def test_a_task_keeps_its_circle_over_restarts(tmp_path):
     for other in (circle(b"other"), circle(threshold=3), circle(names="bc")):
         with pytest.raises(UpdateRefused, match="circle"):
             restarted(tmp_path).begin("t", other, keys)
+
+
+def test_the_owner_s_present_demands_hold_for_a_sum_that_a_former_process_began(tmp_path):
+    memory = restarted(tmp_path)
+    keys = memory.public_keys()
+    memory.begin("t", circle(), keys)
+    task = restarted(tmp_path).begin("t", replace(circle(), least=4), keys)
+    with pytest.raises(UpdateRefused, match="joins secure sums of 4"):
+        task.with_roster(frozenset("abc"), sealed_to(circle(), keys, OTHERS))
+
+
+def test_a_call_that_comes_late_takes_back_nothing_that_was_fixed_meanwhile(tmp_path):
+    """A thread goes on when its task is cancelled: it has the sum as it was, and writes it last."""
+    memory = restarted(tmp_path)
+    keys = memory.public_keys()
+    sealed = sealed_to(circle(), keys, OTHERS)
+    begun = memory.begin("t", circle(), keys)
+    shared = memory.fix("t", begun.with_roster(EVERYBODY, sealed))
+    sent = memory.fix("t", shared.with_masked(b"1" * 32))
+    asked = memory.fix("t", sent.with_question(EVERYBODY))
+    for late in (begun, shared, sent):
+        assert memory.fix("t", late) == asked
+        known = restarted(tmp_path).of("t")
+        # Else it would answer for d's other secret now, and put its masks on another update.
+        with pytest.raises(UpdateRefused, match="another question"):
+            known.with_question(frozenset("abc"))
+        with pytest.raises(UpdateRefused, match="masks"):
+            known.masks(12)
+    for other in (begun.with_roster(frozenset("abc"), sealed), shared.with_masked(b"2" * 32)):
+        with pytest.raises(UpdateRefused, match="a device takes one"):
+            memory.fix("t", other)
 
 
 def test_masks_are_used_on_one_update_over_restarts(tmp_path):
