@@ -68,6 +68,8 @@ STEPS: Final = Range("the number of steps", 0, 1 << 40)
 MERGED_UPDATES: Final = Range("the number of merged updates", 0, 1 << 32)
 # A count of examples, or a sum of such.
 WEIGHT: Final = Range("the weight", 0.0, float(1 << 40))
+# Of a difference, to which it is scaled down. Its square, and shares of it, fit float64.
+CLIP_NORM: Final = Range("the clip norm", 1e-30, 1e30)
 ACCUMULATED_STEPS: Final = Range("the number of accumulated steps", 0.0, float(1 << 50))
 # The error of an update relative to its norm, squared.
 NOISE_RATIO: Final = Range("the noise ratio", 0.0, 1e6)

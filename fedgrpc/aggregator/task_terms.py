@@ -54,9 +54,10 @@ class TrainingInstructions:
     def from_parent(cls, task: aggregator_pb2.Task, settings: AggregatorSettings) -> TrainingInstructions:
         """Return those of a leaf's task. Weights that the leaf's own operator gives to workers come first.
 
-        Raises `LayoutError` for a plan or weights out of their ranges.
+        Raises `LayoutError` for a plan, weights or a clip norm out of their ranges.
         """
         leaf = task.leaf
+        clip_norm = claims.CLIP_NORM.checked(leaf.clip_norm) if leaf.clip_norm else None
         weights = {worker: claims.WEIGHT.checked(weight) for worker, weight in leaf.worker_weights.items()}
         return cls(
             training_plan_from_proto(task.plan),
@@ -65,7 +66,7 @@ class TrainingInstructions:
             {**weights, **settings.worker_weights},
             leaf.total_rounds or None,
             _lower(leaf.max_examples, settings.max_examples),
-            _lower(leaf.clip_norm, settings.clip_norm),
+            _lower(clip_norm, settings.clip_norm),
             not leaf.plain_weights,
         )
 
@@ -191,6 +192,6 @@ def _seed(seed: int, number: int, worker: str) -> int:
     return int.from_bytes(hashlib.sha256(text).digest()[:4], "little")
 
 
-def _lower(parents: T, own: T | None) -> T | None:
+def _lower(parents: T | None, own: T | None) -> T | None:
     """The lower of two limits; 0 and None are none."""
     return min(filter(None, (parents, own)), default=None)

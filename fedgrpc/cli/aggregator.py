@@ -125,8 +125,6 @@ def _run_leaf(
     upstream: WorkerSettings,
     ready: Callable[[int], None] | None,
 ) -> int:
-    if settings.privacy.on:
-        raise UsageError("--privacy is for the parent: a leaf releases no versions")
     if values["web_address"] is not None:
         raise UsageError("--web-address is for the parent: the page of a leaf would show a part of each round")
     metrics = ProcessMetrics()

@@ -125,6 +125,8 @@ def _check_undecided(settings: AggregatorSettings) -> None:
     for name in _DECIDED_BY_PARENT:
         if getattr(settings, name) != getattr(default, name):
             raise UsageError(f"{name} is for the parent to decide; leave it out beside --upstream")
+    if settings.privacy.on:
+        raise UsageError("--privacy is for the parent: a leaf releases no versions, and would add no noise")
     if settings.policy.late != "discard":
         raise UsageError("beside --upstream, late must be 'discard': a leaf's round ends with its parent's")
 

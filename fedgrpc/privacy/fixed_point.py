@@ -36,10 +36,11 @@ class FixedPoint:
     spare_bits: int = 0
 
     def __post_init__(self) -> None:
-        if not (np.isfinite(self.bound) and self.bound > 0):
-            raise UsageError(f"the bound of a secure sum's values is a number above 0, not {self.bound}")
         if not (2 <= self.bits <= 24 and 0 <= self.weight_bits <= 32 and self.count >= 1):
             raise UsageError("a secure sum takes values of 2 to 24 bits, and weights of at most 32")
+        # A bound next to the end of what floats hold has a step of 0, or of infinity.
+        if not (np.isfinite(self.step) and self.step > 0):
+            raise UsageError(f"the bound of a secure sum's values is a number above 0, not {self.bound}")
         if self.sum_bits > MAX_SUM_BITS:
             raise UsageError(f"this secure sum needs {self.sum_bits} bits an element, more than {MAX_SUM_BITS}")
 

@@ -1,5 +1,7 @@
 """A leaf asks its workers for what its parent would ask them for."""
 
+import math
+
 import pytest
 
 from fedgrpc.aggregator.settings import AggregatorSettings
@@ -48,3 +50,11 @@ def test_a_weight_out_of_its_range_is_refused(tmp_path):
     task.leaf.worker_weights["a"] = -1.0
     with pytest.raises(LayoutError, match="weight"):
         TrainingInstructions.from_parent(task, settings(tmp_path))
+
+
+@pytest.mark.parametrize("clip_norm", [-1.0, math.nan, math.inf, 5e-324])
+def test_a_clip_norm_out_of_its_range_is_refused(tmp_path, clip_norm):
+    task = task_of(TrainingInstructions.from_settings(settings(tmp_path)))
+    task.leaf.clip_norm = clip_norm
+    with pytest.raises(LayoutError, match="clip norm"):
+        TrainingInstructions.from_parent(task, settings(tmp_path, clip_norm=1.0))

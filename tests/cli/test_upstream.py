@@ -13,6 +13,7 @@ from fedgrpc.cli import aggregator
 from fedgrpc.cli.aggregator import upstream_from
 from fedgrpc.errors import UsageError
 from fedgrpc.hierarchy.process import Leaf
+from fedgrpc.privacy.policy import PrivacyPolicy
 from fedgrpc.protocol.tasks import WorkerRole
 from fedgrpc.rpc.channel import Tls
 from fedgrpc.runs.conditions import Condition
@@ -60,6 +61,7 @@ def test_settings_of_a_link_that_there_is_not_are_refused(arguments: list[str]) 
         {"target": Condition("accuracy", 0.9)},
         {"initial_model": Path("m.safetensors")},
         {"noise_weights": False},
+        {"privacy": PrivacyPolicy("gaussian", noise_multiplier=1.0, cohort=3), "clip_norm": 1.0},
     ],
     ids=lambda change: next(iter(change)),
 )
@@ -67,5 +69,5 @@ def test_what_the_one_above_decides_is_refused_below(change: dict[str, Any]) -> 
     link = WorkerSettings("leaf", "root:1", Path("d/upstream"), WorkerRole.AGGREGATOR)
     settings = AggregatorSettings(Path("d"))
     Leaf(settings, link)
-    with pytest.raises(UsageError, match=f"{next(iter(change))} is for the parent to decide"):
+    with pytest.raises(UsageError, match=f"{next(iter(change))} is for the parent"):
         Leaf(replace(settings, **change), link)
