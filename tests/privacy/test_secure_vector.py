@@ -81,7 +81,13 @@ def test_sums_of_another_size_or_above_their_weight_are_refused() -> None:
 
 @pytest.mark.parametrize(
     "wrong",
-    [{"bounds": {"a": 1.0}}, {"bounds": {**VECTOR.bounds, "c": np.nan}}, {"most_examples": 0}, {"bits": 1}],
+    [
+        {"bounds": {"a": 1.0}},
+        {"bounds": {**VECTOR.bounds, "c": np.nan}},
+        {"bounds": {**VECTOR.bounds, "c": 5e-324}},
+        {"most_examples": 0},
+        {"bits": 1},
+    ],
 )
 def test_vectors_that_cannot_be_are_refused(wrong: dict[str, object]) -> None:
     with pytest.raises(UsageError, match="secure sum"):
@@ -168,7 +174,7 @@ def test_sums_within_a_norm_have_one_bound_no_weights_and_a_norm_that_can_be() -
 class TestCoordinates:
     """A vector of a part of each large tensor: the same part on all devices."""
 
-    SHAPES: ClassVar = {"w": (300, 400), "small": (31, 33), "b": (1024,)}
+    SHAPES: ClassVar = {"w": (300, 400), "small": (31, 33), "b": (1040,)}
 
     def vector(self, seed: bytes = b"session", share: float = 0.25) -> SecureVector:
         bounds = dict.fromkeys(self.SHAPES, 1.0)
@@ -211,6 +217,20 @@ class TestCoordinates:
     def test_bounds_come_from_what_is_there_and_of_nothing_there_is_none(self) -> None:
         means = {"w": np.array([np.nan, -0.1, np.nan, 0.05]), "b": np.full(3, np.nan), "c": np.zeros(0)}
         assert bounds_after(means, 10.0) == pytest.approx({"w": 0.4, "c": 1e-5})
+
+    @pytest.mark.parametrize("share", [0.001, 0.01, 0.25, 0.9])
+    @pytest.mark.parametrize("size", [200, 1024, 25_000, 300_000])
+    def test_of_each_tensor_enough_are_left_to_tell_its_next_bound(self, share: float, size: int) -> None:
+        rng = np.random.default_rng(1)
+        vector = SecureVector({"w": (size,)}, {"w": 1.0}, 8, 0, 1, coordinates=int(share * 2**32), seed=b"session")
+        left = vector.size - 1
+        # Five standard deviations below 256.
+        assert left == size or left > 256 - 5 * 16
+        if share * size > 300:
+            assert left < 1.5 * share * size or share > 0.6
+        means = vector.means(np.concatenate(list(vector.pieces({"w": rng.normal(0, 0.1, size)}, 1, rng))))
+        clipped = np.abs(rng.normal(0, 0.2, size)) > bounds_after(means, 100.0)["w"]
+        assert clipped.mean() < 1e-3
 
     def test_they_do_not_go_with_a_norm(self) -> None:
         with pytest.raises(UsageError, match="coordinates"):
