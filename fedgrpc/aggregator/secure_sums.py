@@ -158,7 +158,7 @@ class SecureSums:
             *(shapes, bounds, bits, secure.secure_weight_bits, count, most), coordinates=coordinates, seed=seed
         )
         # Coordinates are drawn here, off the event loop.
-        assert vector.size
+        _ = vector.size
         return vector
 
     async def store(self, round_: RoundInProgress | None = None) -> None:

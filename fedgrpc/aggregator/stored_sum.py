@@ -88,5 +88,5 @@ def _sum_of(told: dict[str, Any], uploaded: frozenset[str], due_at: float | None
     due_at = None if phase is SecurePhase.MASKING else due_at
     vector = vector_of(common)
     # Coordinates are drawn here, off the event loop.
-    assert vector.size
+    _ = vector.size
     return SecureSum(state, vector, data, told["phase_s"], due_at)
