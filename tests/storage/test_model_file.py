@@ -48,6 +48,13 @@ def test_the_safetensors_package_reads_what_is_written_here(tmp_path):
     assert_same(load_file(tmp_path / "m.safetensors"), tensors)
 
 
+def test_a_run_named_as_a_tensor_ties_nothing_in_a_model_of_thousands_of_tensors(tmp_path):
+    tensors = {f"layers.{number}.weight": np.ones(1, np.float32) for number in range(1000)} | {"w": np.ones(1)}
+    layout = layout_of(tensors)
+    write_model(tmp_path / "m.safetensors", layout, tensors.values(), {"run": "w"})
+    assert ModelFile.open(tmp_path / "m.safetensors").layout == layout
+
+
 def test_versions_of_a_model_differ_in_their_metadata_and_their_tensors_are_parsed_once(tmp_path):
     layout = (TensorSpec("w", "float32", (2,), TensorRole.STATISTIC, ("v",)), TensorSpec("b", "float32", (1,)))
     values, found = [np.ones(2, np.float32), np.zeros(1, np.float32)], []
