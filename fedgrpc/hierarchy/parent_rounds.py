@@ -17,6 +17,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 
+import structlog
 from google.protobuf.message import DecodeError
 
 from fedgrpc import claims
@@ -27,7 +28,7 @@ from fedgrpc.aggregator.recovery import Recovery
 from fedgrpc.aggregator.secure_sums import BOUNDS, bounds_text
 from fedgrpc.aggregator.task_terms import TrainingInstructions
 from fedgrpc.codec.layout import Array, Layout
-from fedgrpc.errors import CodecError, NotFinite, StorageError
+from fedgrpc.errors import CodecError, CorruptError, NotFinite, StorageError
 from fedgrpc.hierarchy.handoff import ParentTask, TaskHandoff, VersionToScore
 from fedgrpc.hierarchy.partial_aggregate import AggregateFile, Tensors, mean_tensors, own_tensors
 from fedgrpc.protocol.plans import plan_table_from_proto
@@ -44,7 +45,10 @@ from fedgrpc.runs.round_in_progress import RoundInProgress
 from fedgrpc.runs.task_context import Report
 from fedgrpc.storage.files import storage_errors, write_file
 from fedgrpc.storage.model_file import write_model
+from fedgrpc.storage.sealed_file import read_sealed, write_sealed
 from fedgrpc.v1 import aggregator_pb2
+
+log = structlog.get_logger()
 
 
 class ParentRounds:
@@ -219,14 +223,18 @@ class ParentRounds:
             write_file(self._task_path, task.SerializeToString())
 
     def _read_bounds(self) -> str:
-        with storage_errors(self._bounds_path):
-            return self._bounds_path.read_text() if self._bounds_path.exists() else ""
+        """Return the bounds of the next secure sum; "": as in a first round, also where the file is damaged."""
+        try:
+            told = read_sealed(self._bounds_path)
+        except CorruptError as error:
+            log.warning("the bounds of the next secure sum begin anew", reason=str(error))
+            return ""
+        return "" if told is None else str(told["bounds"])
 
     def _write_bounds(self, means: Mapping[str, Array]) -> None:
         clip_norm = self._coordinator.terms.instructions.clip_norm
         assert clip_norm is not None
-        with storage_errors(self._bounds_path):
-            write_file(self._bounds_path, bounds_text(means, clip_norm).encode())
+        write_sealed(self._bounds_path, {"bounds": bounds_text(means, clip_norm)})
 
     def _policy(self, parent_task: ParentTask) -> RoundPolicy:
         """Return this aggregator's own policy, within the time that the parent leaves."""

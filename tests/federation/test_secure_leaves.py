@@ -13,6 +13,7 @@ from safetensors.numpy import save_file
 
 from fedgrpc.aggregator.settings import AggregatorSettings
 from fedgrpc.errors import FedgrpcError, UsageError
+from fedgrpc.hierarchy.parent_rounds import ParentRounds
 from fedgrpc.privacy.policy import PrivacyPolicy
 from fedgrpc.privacy.secure_policy import SecurePolicy
 from fedgrpc.protocol.secure import groups_complaint, secure_groups_to_proto
@@ -164,6 +165,23 @@ async def test_the_bounds_of_a_leaf_follow_its_own_last_mean(tmp_path, watched):
         for name in MODEL:
             moved = np.mean([sums[number][1][name].astype(np.float32) for sums in by_leaf.values()], 0)
             np.testing.assert_allclose(after[name], before[name] + moved, rtol=3e-7, atol=3e-7)
+
+
+async def test_a_leaf_whose_bounds_the_disk_has_damaged_goes_on_with_those_of_a_first_round(
+    tmp_path, watched, monkeypatch
+):
+    write = ParentRounds._write_bounds
+
+    def damaged(rounds, means):
+        write(rounds, means)
+        path = rounds._bounds_path
+        path.write_bytes(path.read_bytes()[:-9])
+
+    monkeypatch.setattr(ParentRounds, "_write_bounds", damaged)
+    _, rounds = await played(tmp_path / "tree", placed(a=3), rounds=2, **SECURE)
+    assert [round_.phase for round_ in rounds] == [COMMITTED] * 2
+    first, second = (sum_.vector.bounds for sum_, _ in watched.sums)
+    assert first == second
 
 
 @pytest.fixture
