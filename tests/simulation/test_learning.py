@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import shutil
+import sqlite3
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -28,6 +30,7 @@ from fedgrpc.simulation.learning.run import LearningRun
 from fedgrpc.simulation.learning.task import DeviceTask
 from fedgrpc.simulation.learning.versions import version_rows
 from fedgrpc.simulation.learning.world import World
+from fedgrpc.storage.database import DATABASE
 from fedgrpc.storage.run_store import RunStore
 from fedgrpc.submodels.plan import LocalModelPlan, Pruning
 from fedgrpc.submodels.plan_table import PlanTable
@@ -357,3 +360,22 @@ def test_every_client_keeps_its_residual_on_the_disk(tmp_path: Path) -> None:
     kept = {path.parent.name for path in (tmp_path / "devices" / "clients").glob("*/residual")}
     assert kept == took_part
     assert not list((tmp_path / "devices" / "clients").glob("*/next.*"))
+
+
+@pytest.mark.parametrize("journal", ["WAL", "DELETE"])
+def test_a_simulation_killed_while_its_database_was_made_begins_anew(tmp_path: Path, journal: str) -> None:
+    half, run = tmp_path / "half.sqlite", tmp_path / "run"
+    run.mkdir()
+    database = sqlite3.connect(half, isolation_level=None)
+    database.execute(f"PRAGMA journal_mode={journal}")
+    if journal == "DELETE":
+        # Pages of a transaction that has not ended are in the file, and how to undo them is beside it.
+        database.execute("PRAGMA cache_size=1")
+        database.execute("BEGIN")
+        database.execute("CREATE TABLE t (x)")
+        database.executemany("INSERT INTO t VALUES (?)", [(bytes(4000),)] * 50)
+    for suffix in ("", "-journal", "-wal", "-shm"):
+        if (found := half.with_name(half.name + suffix)).exists():
+            shutil.copy(found, run / f"{DATABASE}{suffix}")
+    database.close()
+    assert History(tmp_path / "history.jsonl").rows == []

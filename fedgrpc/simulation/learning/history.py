@@ -91,18 +91,19 @@ class History:
 
     def _recorded(self) -> int | None:
         """Return the last round that the aggregator has recorded; None where there is none."""
-        with self._store() as store:
+        # To write: what a kill has left half made, of a table or of a transaction, is put right first.
+        with self._store(read_only=False) as store:
             last = None if store is None else store.round()
         return None if last is None else last.number
 
     @contextmanager
-    def _store(self) -> Iterator[RunStore | None]:
-        """Open the aggregator's records to read them; None where there are none. Raises `StorageError`."""
+    def _store(self, *, read_only: bool = True) -> Iterator[RunStore | None]:
+        """Open the aggregator's records; None where there are none. Raises `StorageError`."""
         database = self._path.parent / "run" / DATABASE
         if not database.exists():
             yield None
             return
-        store = RunStore(database, read_only=True)
+        store = RunStore(database, read_only=read_only)
         try:
             yield store
         finally:
