@@ -9,7 +9,7 @@ import os
 from importlib import import_module
 from typing import Any
 
-# gRPC would start threads of its own in every forked child, which use the parent's connections: a quarter of the
+# gRPC would start threads of its own in every forked child, which use the parent's connections: a third of the
 # children crashed so on a busy machine. It reads this once, when it is imported.
 os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
 
