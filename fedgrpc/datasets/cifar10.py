@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import io
 import pickle
+import pickletools
 import tarfile
 import urllib.request
 import zlib
@@ -131,6 +132,7 @@ def _parse_binary(content: bytes, name: str) -> Examples:
 
 def _parse_pickle(content: bytes, name: str) -> Examples:
     try:
+        _check_memo(content)
         batch = _ArrayUnpickler(io.BytesIO(content), encoding="bytes").load()
         pixels, labels = batch[b"data"], np.asarray(batch[b"labels"])
     except Exception as error:
@@ -157,6 +159,13 @@ def _examples(pixels: np.ndarray, labels: np.ndarray, name: str) -> Examples:
 def _join(batches: list[Examples]) -> Examples:
     inputs = np.concatenate([batch.inputs for batch in batches])
     return Examples(inputs, np.concatenate([batch.labels for batch in batches]))
+
+
+def _check_memo(content: bytes) -> None:
+    """Refuse places in the memo beyond the pickle's own size: the unpickler makes room for all before them."""
+    for opcode, place, _ in pickletools.genops(content):
+        if opcode.name in ("PUT", "LONG_BINPUT") and int(place or 0) > len(content):
+            raise pickle.UnpicklingError(f"it would keep a value at place {place}")
 
 
 class _ArrayUnpickler(pickle.Unpickler):

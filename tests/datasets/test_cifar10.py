@@ -72,6 +72,14 @@ class Harmful:
         return os.system, ("touch harmed",)
 
 
+def test_a_pickle_that_asks_for_room_for_a_hundred_million_values_gets_none(tmp_path: Path) -> None:
+    # LONG_BINPUT: the unpickler makes room for all places before this one.
+    asking = b"\x80\x02" + b"K\x01" + b"r" + (100_000_000).to_bytes(4, "little") + b"."
+    archive = write_archive(tmp_path / PYTHON_ARCHIVE, {"x/data_batch_1": asking})
+    with pytest.raises(UsageError, match="place 100000000"):
+        load_cifar10(archive)
+
+
 def test_a_pickle_that_calls_anything_is_refused_and_calls_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
