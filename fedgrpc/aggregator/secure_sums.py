@@ -154,12 +154,9 @@ class SecureSums:
         bounds = known_bounds(self._models.open(version).about(BOUNDS), shapes, clip_norm)
         most = instructions.max_examples or 1
         coordinates = int(secure.secure_coordinates * 2**32) if secure.secure_coordinates < 1 else 0
-        vector = SecureVector(
-            *(shapes, bounds, bits, secure.secure_weight_bits, count, most), coordinates=coordinates, seed=seed
-        )
-        # Coordinates are drawn here, off the event loop.
-        _ = vector.size
-        return vector
+        weights = secure.secure_weight_bits
+        vector = SecureVector(shapes, bounds, bits, weights, count, most, coordinates=coordinates, seed=seed)
+        return vector.drawn()
 
     async def store(self, round_: RoundInProgress | None = None) -> None:
         """Store the sum of the round in progress, or of `round_` before it is, and only then let devices know."""

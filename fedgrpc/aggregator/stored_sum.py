@@ -86,7 +86,4 @@ def _sum_of(told: dict[str, Any], uploaded: frozenset[str], due_at: float | None
         asked or frozenset(),
     )
     due_at = None if phase is SecurePhase.MASKING else due_at
-    vector = vector_of(common)
-    # Coordinates are drawn here, off the event loop.
-    _ = vector.size
-    return SecureSum(state, vector, data, told["phase_s"], due_at)
+    return SecureSum(state, vector_of(common).drawn(), data, told["phase_s"], due_at)

@@ -232,7 +232,7 @@ class Participant:
 
     @property
     def _wanted(self) -> int:
-        """So many neighbours have to be in the sum, and to confirm it."""
+        """Number of neighbours that have to be in the sum, and to confirm it."""
         return max(self.circle.threshold, self.circle.least - 1)
 
     def _confirmation(self, name: str, arrived: AbstractSet[str], *, outwards: bool) -> bytes:

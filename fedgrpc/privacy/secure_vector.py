@@ -85,6 +85,11 @@ class SecureVector:
         """Elements of the vector. Slow where coordinates have to be drawn."""
         return sum(self._count(name) for name in self.shapes) + 1
 
+    def drawn(self) -> SecureVector:
+        """Return this vector once its coordinates are drawn, so that nothing of it is slow any more. Blocks."""
+        _ = self.size
+        return self
+
     @cached_property
     def _chosen(self) -> dict[str, Array]:
         """Marks of the elements of each tensor that the vector has, flat; a tensor that is not here has all."""

@@ -85,12 +85,10 @@ class Loop:
         self._retries = Retries(settings.backoff)
         self._why = ""
         self._log: Any = log.bind(worker=settings.name)
-        self._membership = Membership(
-            *(settings, client, publisher, files, work, profile, renew), many_runs=runs is not None
-        )
-        self._polling = Polling(
-            *(settings, client, publisher, controls, conditions or OwnersConditions(settings.name), runs)
-        )
+        many = runs is not None
+        self._membership = Membership(settings, client, publisher, files, work, profile, renew, many_runs=many)
+        conditions = conditions or OwnersConditions(settings.name)
+        self._polling = Polling(settings, client, publisher, controls, conditions, runs)
         self._tasks = LeasedTasks(settings, client, publisher, controls, self._membership, self._retries, runs)
 
     @property
